@@ -1,0 +1,184 @@
+"""Element-wise operations: Adam's direction on a stack, and AdamW's whole step on many tensors."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secondorder_kernels import reference
+from secondorder_kernels.dispatch import Operation, Path
+
+
+def _adam_direction_example(device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(2, 64, 64, device=device) for _ in range(3))
+
+
+_adam_direction = Operation(reference.adam_direction_, _adam_direction_example)
+
+
+def adam_direction_(
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    beta1_rate: Tensor,
+    beta2_rate: Tensor,
+    beta1: float,
+    eps: float | Tensor,
+    nesterov: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Update Adam's two averages and return its direction.
+
+        m ← m + r₁ (g - m),   v ← v + r₂ (g² - v)
+        u = m̃ / (√v + eps),   m̃ = m, or with Nesterov's look-ahead beta1 m + (1 - beta1) g
+
+    With rates r = (1 - beta) / (1 - beta^t) the averages are the bias-corrected ones. Where a rate is 0 the average
+    keeps its bits, as long as g and g² are finite.
+
+    Args:
+        m: Average of gradients; changed in place.
+        v: Average of squared gradients, shape of `m`; changed in place.
+        g: Gradient, shape of `m`.
+        beta1_rate: r₁, broadcastable to `g`.
+        beta2_rate: r₂, broadcastable to `g`.
+        beta1: Weight of `m` in the look-ahead.
+        eps: Added to √v; a tensor must be broadcastable to `v`.
+        nesterov: Whether to look ahead.
+        out: Where the direction is to be left, shape of `m`; must share no memory with the other tensors.
+
+    Returns:
+        The direction u: `out`, or a new tensor.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    if m.shape != g.shape or v.shape != g.shape or (out is not None and out.shape != g.shape):
+        shapes = [tuple(t.shape) for t in (m, v, g, *(() if out is None else (out,)))]
+        raise ValueError(f"adam_direction_ takes m, v, g and out of one shape, got {', '.join(map(str, shapes))}")
+    direction: Tensor = _adam_direction(
+        m, v, g, beta1_rate=beta1_rate, beta2_rate=beta2_rate, beta1=beta1, eps=eps, nesterov=nesterov, out=out
+    )
+    return direction
+
+
+def _fused_adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    counts: list[Tensor],
+    *,
+    refused: Tensor,
+    **options: Any,
+) -> None:
+    torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], counts, amsgrad=False, found_inf=refused, **options)
+
+
+@functools.cache
+def _fused_adamw_fails(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why torch's fused kernel, a private function, cannot be used for a device and dtype; None if it works."""
+    param, grad, exp_avg, exp_avg_sq = ([torch.ones(2, device=device, dtype=dtype)] for _ in range(4))
+    zero = torch.zeros((), device=device)
+    options = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+    try:
+        for lr in (0.1, zero):
+            _fused_adamw_(param, grad, exp_avg, exp_avg_sq, [zero + 1], refused=zero, lr=lr, **options)
+    except (AttributeError, RuntimeError, TypeError) as error:  # no such function, device or dtype, or other arguments
+        return f"torch._fused_adamw_ does not work for {dtype} on {device}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _fused_adamw_refuses(*lists: list[Tensor]) -> str | None:
+    failure = _fused_adamw_fails(lists[0][0].device, lists[0][0].dtype)
+    if failure is not None:
+        return failure
+    # Seen in torch 2.13: on a CPU, strides are ignored without a word, and the wrong elements are read and written.
+    if not all(tensor.is_contiguous() for tensor in itertools.chain(*lists)):
+        return "torch._fused_adamw_ needs contiguous tensors"
+    return None
+
+
+def _adamw_example(device: torch.device) -> tuple[list[Tensor], ...]:
+    tensors = [[torch.zeros(64, device=device)] for _ in range(4)]
+    return (*tensors, [torch.ones((), device=device)])
+
+
+_adamw = Operation(
+    reference.adamw_, _adamw_example, (Path("torch fused", run=_fused_adamw_, refuses=_fused_adamw_refuses),)
+)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    refused: Tensor,
+) -> None:
+    """Take one step of AdamW on many tensors, in place.
+
+        m ← beta1 m + (1 - beta1) g,   v ← beta2 v + (1 - beta2) g²
+        p ← (1 - lr weight_decay) p - lr m̂ / (√v̂ + eps),   m̂ = m / (1 - beta1^t),   v̂ = v / (1 - beta2^t)
+
+    (Loshchilov and Hutter 2019, algorithm 2, as `torch.optim.AdamW` has it: the averages are not bias-corrected.)
+    To be called without gradient tracking.
+
+    Args:
+        params: Parameters p, not none, of one dtype and on one device; changed in place.
+        grads: Gradients g; like all further lists in dtype, device and shapes that of the parameters.
+        exp_avgs: Averages m; changed in place.
+        exp_avg_sqs: Averages v; changed in place.
+        counts: Steps t taken, this one included, as 0-d float32 tensors on the device.
+        lr: Learning rate; a tensor must be 0-d.
+        beta1: Decay of m.
+        beta2: Decay of v.
+        eps: Added to √v̂.
+        weight_decay: Decoupled weight decay.
+        maximize: Whether to ascend.
+        refused: 0-d float32 tensor on the device. If it is 1, nothing changes, whatever the gradients are.
+
+    Raises:
+        ValueError: If the lists are empty, of different lengths, or their tensors of different shapes.
+        TypeError: If dtypes differ.
+    """
+    if not params or len(counts) != len(params):
+        raise ValueError(f"adamw_ takes as many counts as parameters, and some, got {len(counts)} and {len(params)}")
+    shapes, dtypes = [p.shape for p in params], {p.dtype for p in params}
+    for name, tensors in {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}.items():
+        others = [t.shape for t in tensors]
+        if others != shapes:
+            wrong = next(pair for pair in itertools.zip_longest(shapes, others) if pair[0] != pair[1])
+            raise ValueError(
+                f"adamw_ takes {name} of the parameters' shapes, got a parameter and one of {name} of {wrong}"
+            )
+        dtypes.update(t.dtype for t in tensors)
+    if len(dtypes) != 1:
+        raise TypeError(f"adamw_ takes parameters, gradients and averages of one dtype, got {dtypes}")
+    _adamw(
+        list(params),
+        list(grads),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        list(counts),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        refused=refused,
+    )

@@ -1,0 +1,47 @@
+"""Products of stacked matrices that are folded into a running average."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secondorder_kernels import reference
+from secondorder_kernels.dispatch import Operation
+
+
+def _ema_syrk_example(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(2, 64, 64, device=device), torch.zeros(2, 64, 64, device=device), torch.zeros(2, device=device)
+
+
+_ema_syrk = Operation(reference.ema_syrk_, _ema_syrk_example)
+
+
+def ema_syrk_(C: Tensor, X: Tensor, rate: Tensor) -> Tensor:
+    """Fold the Gram matrices of X into their running averages: C ← C + rate (X Xᵀ - C).
+
+    Where the rate is 0, C keeps its bits, as long as X Xᵀ is finite. The result is as symmetric as the product that
+    the device's BLAS returns for X Xᵀ: exactly so wherever this was tried (CPU), but nothing should rely on it.
+    The precision of float32 products follows `torch.get_float32_matmul_precision()`.
+
+    Args:
+        C: Symmetric averages, shape `(n, d, d)`, float32 or float64; changed in place.
+        X: Matrices, shape `(n, d, m)` with any strides, in the dtype of `C`.
+        rate: Between 0 and 1, one per matrix, shape `(n,)`, in the dtype of `C`.
+
+    Returns:
+        `C`.
+
+    Raises:
+        ValueError: If shapes do not fit together.
+        TypeError: If dtypes differ.
+    """
+    if C.ndim != 3 or X.ndim != 3 or C.shape != (X.shape[0], X.shape[1], X.shape[1]) or rate.shape != X.shape[:1]:
+        raise ValueError(
+            "ema_syrk_ takes C (n, d, d), X (n, d, m) and rate (n,), "
+            f"got {tuple(C.shape)}, {tuple(X.shape)} and {tuple(rate.shape)}"
+        )
+    if C.dtype not in (torch.float32, torch.float64) or X.dtype != C.dtype or rate.dtype != C.dtype:
+        dtypes = f"{C.dtype}, {X.dtype} and {rate.dtype}"
+        raise TypeError(f"ema_syrk_ takes C, X and rate of one dtype, float32 or float64, got {dtypes}")
+    _ema_syrk(C, X, rate)
+    return C

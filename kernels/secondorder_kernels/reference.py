@@ -1,0 +1,84 @@
+"""The operations in plain tensor operations: readable, for any device, and the specification of every faster path.
+
+Arguments are not checked here; the functions that users call, in the modules named by subject, do that for all paths.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def ema_syrk_(C: Tensor, X: Tensor, rate: Tensor) -> Tensor:
+    """C ← C + rate (X Xᵀ - C), one rate per matrix. See `products.ema_syrk_`."""
+    return C.lerp_(torch.bmm(X, X.mT), rate[:, None, None])
+
+
+def adam_direction_(
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    beta1_rate: Tensor,
+    beta2_rate: Tensor,
+    beta1: float,
+    eps: float | Tensor,
+    nesterov: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Adam's two averages and its direction. See `elementwise.adam_direction_`."""
+    m.lerp_(g, beta1_rate)
+    out = torch.mul(g, g, out=out)
+    v.lerp_(out, beta2_rate)
+    torch.sqrt(v, out=out).add_(eps)
+    ahead = torch.lerp(g, m, beta1) if nesterov else m
+    return torch.div(ahead, out, out=out)
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    counts: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    refused: Tensor,
+) -> None:
+    """One step of AdamW on many tensors. See `elementwise.adamw_`.
+
+    Apart from three small operations per tensor (masking its gradient, and its two bias corrections) a fixed number of
+    multi-tensor ones.
+    """
+    # Every rate is multiplied by `taken`. That is not enough for a gradient which is NaN, as 0 * NaN is NaN.
+    gradients = [torch.where(refused > 0, 0.0, -g if maximize else g) for g in grads]
+    t = torch.stack(counts).to(torch.promote_types(params[0].dtype, torch.float32))
+    taken = (refused == 0).to(t.dtype)
+    t = t.clamp(min=1)  # 0 before the first step that is taken; the corrections are then finite, and without effect
+    step_sizes = taken * lr / _weight(beta1, t)
+    roots = _weight(beta2, t).sqrt()
+
+    torch._foreach_mul_(exp_avgs, 1 - taken * (1 - beta1))
+    torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, 1 - taken * (1 - beta2))
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
+
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, roots.unbind())
+    torch._foreach_add_(denominators, eps + (1 - taken))  # not 0 in a refused step, even if eps is
+    updates = torch._foreach_div(exp_avgs, denominators)
+    torch._foreach_mul_(updates, step_sizes.unbind())
+    torch._foreach_mul_(params, 1 - taken * (lr * weight_decay))
+    torch._foreach_sub_(params, updates)
+
+
+def _weight(beta: float, t: Tensor) -> Tensor:
+    """1 - beta^t, without cancellation where beta^t is close to 1."""
+    return -torch.expm1(t * (math.log(beta) if beta > 0 else -math.inf))

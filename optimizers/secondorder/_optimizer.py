@@ -1,0 +1,311 @@
+"""PreconditionedOptimizer: the contract of `torch.optim.Optimizer`, and the one step.
+
+No mathematics here. A subclass gives the row of the table (`_method`), how parameters are cut (`_blocks`), its options,
+and a constructor that spells out its own hyper-parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from secondorder import _reports
+from secondorder._options import COMMON, FOREIGN_KEYS, KRONECKER, Option, expand_signature, resolve, validate
+from secondorder._roles import Label, labels
+from secondorder._step import step_bucket
+from secondorder.layout import checkpoint
+from secondorder.layout.blocks import Treatment, elementwise_blocks, matrix_blocks
+from secondorder.layout.faces import Layout
+from secondorder.layout.plan import Flags, SinglePlan
+from secondorder.preconditioner.elementwise import AdamWMethod
+from secondorder.preconditioner.operators import KroneckerOperator
+from secondorder.preconditioner.protocol import Method
+
+Group = dict[str, Any]
+
+
+class PreconditionedOptimizer(torch.optim.Optimizer):
+    """Base class: everything that a method shares with all others.
+
+    Class attributes that a subclass sets:
+        shared_options: The table of options behind `**options`.
+        own_options: Checks of its own keyword arguments, by name.
+    """
+
+    shared_options: ClassVar[Mapping[str, Option]] = KRONECKER
+    own_options: ClassVar[Mapping[str, Option]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            expand_signature(cls, cls.shared_options)
+
+    def __init__(self, params: Any, own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        """Check everything, then build the groups.
+
+        Args:
+            params: Tensors, dicts of a group each, or `(name, tensor)` pairs.
+            own: The subclass's own hyper-parameters, `lr`, `betas`, `eps` and `weight_decay` among them.
+            options: What the user gave of `shared_options`.
+
+        Raises:
+            TypeError: For an unknown option, or `params` that are no iterable of tensors or groups.
+            ValueError: For a value that is not allowed.
+        """
+        shared = {k: v for k, v in self.shared_options.items() if k not in own}
+        resolved = resolve(type(self).__name__, shared, options)
+        defaults = {**own, **resolved}
+        validate(defaults, self._checks())
+        module = defaults.pop("module")
+        if isinstance(params, nn.Module):
+            raise TypeError(f"params must be an iterable of tensors or groups, got a {type(params).__name__}: pass "
+                            "its .parameters()")
+        if isinstance(params, dict):
+            raise TypeError("params must be an iterable of tensors or groups, got one dict: pass a list of dicts")
+        self._module = None if module is None else weakref.ref(module)
+        self._labels: list[list[Label]] = []
+        self._layout = Layout(SinglePlan())
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------ what a subclass says
+
+    def _method(self, group: Group) -> Method:
+        """The row of the table, for a group's hyper-parameters."""
+        raise NotImplementedError
+
+    def _fallback(self, group: Group) -> Method:
+        """The method of what is not preconditioned."""
+        del group
+        return AdamWMethod()
+
+    def _blocks(self, shape: tuple[int, ...], group: Group, role: str | None) -> Treatment:
+        """How a parameter is cut."""
+        return matrix_blocks(shape, group, role)
+
+    # ------------------------------------------------------------------ groups
+
+    def _checks(self) -> dict[str, Option]:
+        return {**self.shared_options, **self.own_options}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, at any time: its parameters start with clocks of their own.
+
+        Raises:
+            TypeError: For complex or distributed (DTensor) parameters, and what torch refuses.
+            ValueError: For a hyper-parameter that is not allowed.
+        """
+        if isinstance(param_group, dict):
+            validate({**self.defaults, **param_group}, self._checks())
+            unknown = sorted(set(param_group) - set(self.defaults) - FOREIGN_KEYS)
+            if unknown:
+                warnings.warn(f"{type(self).__name__}: unknown keys in a parameter group: {unknown}", stacklevel=2)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for p in group["params"]:
+                _refuse(type(self).__name__, p)
+        except TypeError:
+            self.param_groups.pop()
+            raise
+        module = self._module() if self._module is not None else None
+        self._labels.append(labels(group, len(self.param_groups) - 1, module))
+
+    def _treat(self, p: Tensor, group: Group, group_index: int, index: int) -> tuple[Method, Treatment]:
+        _refuse(type(self).__name__, p)
+        role = group.get("role") or self._labels[group_index][index].role
+        treatment = self._blocks(tuple(p.shape), group, role)
+        return (self._fallback(group) if treatment.fallback else self._method(group)), treatment
+
+    def _current(self) -> Layout:
+        return self._layout.current(self.param_groups, self.state, self._treat)
+
+    # ------------------------------------------------------------------ the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: For sparse gradients; with `on_nonfinite="raise"`, for gradients that are not usable.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layout = self._current()
+        if layout.params:
+            with _full_precision(layout):
+                self._update(layout)
+        return loss
+
+    def _update(self, layout: Layout) -> None:
+        for p in layout.params:
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients, please consider torch.optim.SparseAdam"
+                )
+        flags = layout.plan.flags(layout.params)
+        present = flags.present
+        if not any(present) or self._is_empty(flags):
+            return
+        if any(g["on_nonfinite"] == "raise" for g in self.param_groups):
+            self._raise_if_refused(layout, flags)
+        calls = [int(t) + here for t, here in zip(layout.clock.tolist(), present, strict=True)]
+        for b in layout.buckets:
+            step_bucket(b, layout.plan, layout.params, flags, self.param_groups[b.group], calls)
+        layout.plan.finish()
+        layout.tick(present)
+        layout.count_refused(flags)
+        self._warn(layout, wait=False)
+
+    def _is_empty(self, flags: Flags) -> bool:
+        """The dry run by which checkpointing creates state: lr 0 in all groups, all gradients exactly zero.
+
+        Only with lr 0 is the device asked; a learning rate that lives on a device is not.
+        """
+        for g in self.param_groups:
+            if isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu":
+                return False
+            if g["lr"] != 0:
+                return False
+        return flags.gradient_norm is not None and flags.gradient_norm.item() == 0
+
+    def _raise_if_refused(self, layout: Layout, flags: Flags) -> None:
+        if all(bool(ok) for ok in flags.ok.values()):
+            return
+        bad = []
+        for members, usable, norms in flags.norms:
+            bad += [(i, float(n)) for i, u, n in zip(members, usable.tolist(), norms.tolist(), strict=True) if not u]
+        names = [label.name for group in self._labels for label in group]
+        where = {id(p): name for g in self.param_groups for p, name in zip(g["params"], names, strict=False)}
+        first, norm = bad[0]
+        raise RuntimeError(
+            f"{type(self).__name__}: {len(bad)} parameters have gradients that are not finite or too large; the first "
+            f"is {where.get(id(layout.params[first]), first)} of shape {tuple(layout.params[first].shape)}, with "
+            f"gradient norm {norm}. State and parameters are unchanged."
+        )
+
+    def _warn(self, layout: Layout, wait: bool) -> None:
+        """Warn once of each kind of failure; `wait`: also where a device must be asked."""
+        for kind, count in layout.failures(wait).items():
+            if count and kind not in layout.warned:
+                layout.warned.add(kind)
+                warnings.warn(f"{type(self).__name__}: {_reports.FAILURES[kind]} (see diagnostics())", stacklevel=4)
+
+    # ------------------------------------------------------------------ state
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; entries are views into the stacks. Creates the state where there is none yet."""
+        with torch.no_grad():
+            layout = self._current()
+        self._warn(layout, wait=True)
+        return super().state_dict()
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` saved. Dtypes stay ours, values are copied, devices follow the parameters.
+
+        Raises:
+            ValueError: Where the dict does not fit; nothing has changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        groups = checkpoint.merged_groups(state_dict, self.param_groups, self.defaults)
+        for group in groups:
+            validate(group, self._checks())
+        layout = self._current()
+        checkpoint.check(state_dict, self.param_groups, layout)
+        state = checkpoint.adoptable(state_dict, self.param_groups, layout)
+        layout.forget()
+        self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+        self._current()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_labels": self._labels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_layout" not in self.__dict__:
+            self._layout = Layout(SinglePlan())
+            self._module = None
+
+    # ------------------------------------------------------------------ looking inside
+
+    def coverage(self) -> _reports.Coverage:
+        """Which parameter is treated how, and why; printable."""
+        return _reports.coverage(self)
+
+    def memory_report(self) -> _reports.MemoryReport:
+        """What state and workspaces cost in bytes, per parameter and in all; works before the first step."""
+        return _reports.memory_report(self)
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """A flat dict of scalars, ready to be logged. Waits for the device."""
+        layout = self._current()
+        self._warn(layout, wait=True)
+        return _reports.diagnostics(layout, self.param_groups)
+
+    @torch.no_grad()
+    def curvature(self, p: Tensor) -> KroneckerOperator:
+        """The curvature that the state of `p` holds, as a linear operator on `p`'s space."""
+        return _reports.operator(self._current(), self.param_groups, p, "curvature")
+
+    @torch.no_grad()
+    def preconditioner(self, p: Tensor) -> KroneckerOperator:
+        """What is applied to the gradient (or momentum) of `p`, as a linear operator on `p`'s space."""
+        return _reports.operator(self._current(), self.param_groups, p, "preconditioner")
+
+
+class ElementwiseOptimizer(PreconditionedOptimizer):
+    """Base class of methods that act element by element: no blocks, no factors, no fallback."""
+
+    shared_options = COMMON
+
+    def _blocks(self, shape: tuple[int, ...], group: Group, role: str | None) -> Treatment:
+        return elementwise_blocks(shape, group, role)
+
+
+def _refuse(name: str, p: Tensor) -> None:
+    """Refuse parameters that no method of the suite can take."""
+    if p.is_complex():
+        raise TypeError(f"{name} does not support complex parameters: optimize torch.view_as_real of them")
+    if any(base.__name__ == "DTensor" for base in type(p).__mro__):
+        raise TypeError(f"{name} does not support DTensor parameters (FSDP2, tensor parallelism) yet")
+
+
+@contextlib.contextmanager
+def _full_precision(layout: Layout) -> Iterator[None]:
+    """Keep an ambient autocast away from our products."""
+    with contextlib.ExitStack() as stack:
+        for kind in {p.device.type for p in layout.params}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -1,0 +1,221 @@
+"""Options that all methods share: declared once, with default, allowed values and a line of documentation.
+
+A constructor spells out what is its own and takes the rest as `**options: Unpack[KroneckerOptions]`;
+`expand_signature` makes `inspect.signature` and `help` show the full list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypedDict
+
+from torch import Tensor, nn
+
+
+class Option(NamedTuple):
+    """One option: its default, what is allowed in words, the check, one line of documentation."""
+
+    default: Any
+    allowed: str
+    check: Callable[[Any], bool]
+    doc: str
+
+
+class CommonOptions(TypedDict, total=False):
+    """Options of every optimizer (see `COMMON`)."""
+
+    weight_decay_kind: Literal["decoupled", "l2", "coupled"]
+    maximize: bool
+    max_update_rms: float | None
+    on_nonfinite: Literal["skip", "raise"]
+    module: nn.Module | None
+
+
+class KroneckerOptions(CommonOptions, total=False):
+    """Options of every Kronecker-factored optimizer (see `KRONECKER`)."""
+
+    nesterov: bool
+    refresh_every: int
+    refresh: Literal["staggered", "together"]
+    statistics_every: int
+    max_block_size: int | None
+    one_sided_aspect: float | None
+    max_precond_dim: int | None
+    fallback_betas: tuple[float, float] | None
+    fallback_lr_scale: float
+
+
+def is_number(v: Any) -> bool:
+    """A finite real number that is not a bool."""
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+
+def is_count(v: Any) -> bool:
+    """A positive int."""
+    return isinstance(v, int) and not isinstance(v, bool) and v >= 1
+
+
+def one_of(*values: str) -> tuple[str, Callable[[Any], bool]]:
+    """`allowed` and `check` of a choice."""
+    return " or ".join(map(repr, values)), lambda v: isinstance(v, str) and v in values
+
+
+def optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The same check, None allowed."""
+    return lambda v: v is None or check(v)
+
+
+def is_beta(v: Any) -> bool:
+    """A decay rate in [0, 1)."""
+    return is_number(v) and 0 <= v < 1
+
+
+def is_betas(v: Any) -> bool:
+    """A pair of decay rates."""
+    return isinstance(v, (tuple, list)) and len(v) == 2 and all(map(is_beta, v))
+
+
+def is_bool(v: Any) -> bool:
+    """True or False."""
+    return isinstance(v, bool)
+
+
+COMMON: dict[str, Option] = {
+    "weight_decay_kind": Option(
+        "decoupled",
+        *one_of("decoupled", "l2", "coupled"),
+        "where weight decay acts: on the parameter before the step, on the gradient, or on the update (before "
+        "momentum that lives after the factor).",
+    ),
+    "maximize": Option(False, "True or False", is_bool, "maximize the objective instead of minimizing it."),
+    "max_update_rms": Option(
+        None,
+        "None or a number > 0",
+        optional(lambda v: is_number(v) and v > 0),
+        "largest root mean square of a block's update, before the learning rate; larger ones are scaled down.",
+    ),
+    "on_nonfinite": Option(
+        "skip",
+        *one_of("skip", "raise"),
+        "what becomes of a step with a gradient that is not finite or too large for a Gram matrix: leave state and "
+        "parameters as they are and count it, or raise RuntimeError (which waits for the device in every step).",
+    ),
+    "module": Option(
+        None,
+        "None or a torch.nn.Module",
+        lambda v: v is None or isinstance(v, nn.Module),
+        "the network, for the names and roles of its parameters: embeddings and the output head of their size go to "
+        "the fallback.",
+    ),
+}
+
+KRONECKER: dict[str, Option] = {
+    "nesterov": Option(True, "True or False", is_bool, "look ahead by one gradient in the momentum."),
+    "refresh_every": Option(10, "an int >= 1", is_count, "calls between two refreshes of a factor."),
+    "refresh": Option(
+        "staggered",
+        *one_of("staggered", "together"),
+        "spread refreshes evenly over the calls of a period, or do all of them in one call.",
+    ),
+    "statistics_every": Option(1, "an int >= 1", is_count, "calls between two statistics."),
+    "max_block_size": Option(
+        512,
+        "None or an int >= 1",
+        optional(is_count),
+        "sides with a factor are cut evenly to at most this; None: never.",
+    ),
+    "one_sided_aspect": Option(
+        4.0,
+        "None or a number >= 1",
+        optional(lambda v: is_number(v) and v >= 1),
+        "matrices with at least this ratio of sides have a factor on the smaller side only; None: never.",
+    ),
+    "max_precond_dim": Option(
+        16384,
+        "None or an int >= 1",
+        optional(is_count),
+        "where a parameter's role is unknown, a larger side is taken for a vocabulary and left to the fallback.",
+    ),
+    "fallback_betas": Option(
+        None, "None or two numbers in [0, 1)", optional(is_betas), "betas of the AdamW fallback; None: `betas`."
+    ),
+    "fallback_lr_scale": Option(
+        1.0, "a number >= 0", lambda v: is_number(v) and v >= 0, "learning rate of the fallback, relative to `lr`."
+    ),
+    **COMMON,
+}
+
+# Keys that others put into groups: torch's own implementation switches (some trainers set them everywhere), schedulers.
+FOREIGN_KEYS = frozenset(
+    "params param_names role initial_lr max_lr min_lr max_momentum base_momentum swa_lr "
+    "foreach fused capturable differentiable".split()
+)
+ROLES = ("embedding", "head", "hidden")
+
+
+def resolve(name: str, table: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of `table` overridden by what was given.
+
+    Raises:
+        TypeError: For a name that is not in the table.
+    """
+    for key in given:
+        if key not in table:
+            near = difflib.get_close_matches(key, table, 1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{hint}")
+    return {**{key: option.default for key, option in table.items()}, **given}
+
+
+def validate(group: Mapping[str, Any], table: Mapping[str, Option]) -> None:
+    """Check a group's hyper-parameters, in torch's wording where torch has one.
+
+    Raises:
+        TypeError: For an `lr` that is not a number.
+        ValueError: For a value that is not allowed; names the argument, the value and what is allowed.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if lr.device.type == "cpu" and not lr.item() >= 0:
+            raise ValueError(f"Invalid learning rate: {lr.item()}")
+    elif isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise TypeError(f"lr must be a number or a 1-element Tensor, got {lr!r}")
+    elif not 0.0 <= lr < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r} (two numbers in [0, 1))")
+    for i, beta in enumerate(betas):
+        if not is_beta(beta):
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not (is_number(group["eps"]) and group["eps"] >= 0):
+        raise ValueError(f"Invalid epsilon value: {group['eps']}")
+    if not (is_number(group["weight_decay"]) and group["weight_decay"] >= 0):
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+    if group.get("role") is not None and group["role"] not in ROLES:
+        raise ValueError(f"Invalid role: {group['role']!r} ({one_of(*ROLES)[0]})")
+    for name, option in table.items():
+        if name in group and not option.check(group[name]):
+            raise ValueError(f"Invalid {name}: {group[name]!r} ({option.allowed})")
+
+
+def expand_signature(cls: type, table: Mapping[str, Option]) -> None:
+    """Show the options behind `**options` in the signature and the doc-string of a class."""
+    init = cls.__init__  # type: ignore[misc]
+    signature = inspect.signature(init)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(own) == len(signature.parameters):
+        return
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for name, option in table.items()
+        if name not in signature.parameters
+    ]
+    init.__signature__ = signature.replace(parameters=own + shared)
+    lines = [f"        {p.name}: {table[p.name].doc} Default: {p.default!r}." for p in shared]
+    cls.__doc__ = (cls.__doc__ or "").replace("        **options: See below.", "\n".join(lines))

@@ -1,0 +1,230 @@
+"""What an optimizer tells about itself: coverage, memory, diagnostics, and its state as linear operators."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from secondorder.layout.buckets import BaseBucket, Bucket, FlatBucket
+from secondorder.layout.faces import Layout, streams
+from secondorder.preconditioner.operators import EigenBlock, KroneckerOperator
+from secondorder.preconditioner.protocol import Context
+
+if TYPE_CHECKING:
+    from secondorder._optimizer import PreconditionedOptimizer
+
+Group = dict[str, Any]
+
+FAILURES = {
+    "refused_steps": "a step was refused, because a gradient was not finite or too large; state and parameters are "
+    "as they were",
+    "refresh_failures": "a decomposition failed; the factor keeps its last good value",
+}
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[j]) for row in (header, *rows)) for j in range(len(header))]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One parameter: its name, shape, treatment, number of blocks (with their shape), and the reason."""
+
+    name: str
+    shape: tuple[int, ...]
+    treatment: str
+    blocks: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which parameter is treated how, and why. Iterable; `print` it for a table."""
+
+    rows: list[CoverageRow]
+
+    def __iter__(self) -> Iterator[CoverageRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        cells = [
+            (r.name, "x".join(map(str, r.shape)) or "scalar", r.treatment, str(r.blocks), r.reason) for r in self.rows
+        ]
+        return _table(("parameter", "shape", "treatment", "blocks", "reason"), cells)
+
+
+def coverage(optimizer: PreconditionedOptimizer) -> Coverage:
+    """See `PreconditionedOptimizer.coverage`."""
+    rows = []
+    for gi, group in enumerate(optimizer.param_groups):
+        for pi, p in enumerate(group["params"]):
+            name = optimizer._labels[gi][pi].name
+            if not p.requires_grad:
+                rows.append(CoverageRow(name, tuple(p.shape), "frozen", 0, "requires_grad is False"))
+                continue
+            method, treatment = optimizer._treat(p, group, gi, pi)
+            kind = type(optimizer).__name__ if not treatment.fallback else method.name
+            rows.append(CoverageRow(name, tuple(p.shape), kind, len(treatment.tiles()), treatment.reason))
+    return Coverage(rows)
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """State of one parameter in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of state per parameter, of workspaces, and in all. `print` it for a table."""
+
+    rows: list[MemoryRow]
+    workspaces: int
+    elements: int = field(default=0)
+
+    @property
+    def total(self) -> int:
+        """State and workspaces, in bytes."""
+        return self.state + self.workspaces
+
+    @property
+    def state(self) -> int:
+        """State, in bytes."""
+        return sum(r.bytes for r in self.rows)
+
+    def __str__(self) -> str:
+        cells = [(r.name, "x".join(map(str, r.shape)) or "scalar", f"{r.bytes:,}") for r in self.rows]
+        per = self.state / max(1, self.elements)
+        last = f"state {self.state:,} bytes ({per:.1f} per parameter element), workspaces {self.workspaces:,} bytes"
+        return _table(("parameter", "shape", "bytes"), cells) + "\n" + last
+
+
+def memory_report(optimizer: PreconditionedOptimizer) -> MemoryReport:
+    """See `PreconditionedOptimizer.memory_report`. Counts a layout of empty parameters: nothing is allocated."""
+    ghost = _ghost_layout(optimizer)
+    names = {}
+    for gi, group in enumerate(optimizer.param_groups):
+        for pi, p in enumerate(group["params"]):
+            names[id(p)] = optimizer._labels[gi][pi].name
+    size: dict[int, int] = defaultdict(int)
+    works: dict[Any, int] = {}
+    for b in ghost.buckets:
+        for stack_views in b.columns().values():
+            for piece, view in zip(b.pieces, stack_views, strict=True):
+                size[piece.index] += view.numel() * view.element_size()
+        for name in streams(b, optimizer.param_groups[b.group]):
+            key = (b.device, b.dtype, name)
+            works[key] = max(works.get(key, 0), b.numel * torch.empty(0, dtype=b.dtype).element_size())
+    rows: list[MemoryRow] = []
+    seen: set[int] = set()
+    trained = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+    for p in trained:
+        if id(p) not in seen:
+            rows.append(MemoryRow(names[id(p)], tuple(p.shape), size[len(seen)] + 4))  # and its step
+            seen.add(id(p))
+    return MemoryReport(rows, sum(works.values()), sum(p.numel() for p in trained))
+
+
+def _ghost_layout(optimizer: PreconditionedOptimizer) -> Layout:
+    """The layout of parameters of the same shapes on the meta device, with the same treatments."""
+    real: dict[int, tuple[Tensor, Group, int, int]] = {}
+    groups, known = [], {}
+    for gi, group in enumerate(optimizer.param_groups):
+        ghosts = []
+        for pi, p in enumerate(group["params"]):
+            if id(p) not in known:
+                ghost = torch.empty_like(p, device="meta").requires_grad_(p.requires_grad)
+                known[id(p)] = ghost
+                real[id(ghost)] = (p, group, gi, pi)
+            ghosts.append(known[id(p)])
+        groups.append({**group, "params": ghosts})
+    layout = Layout(optimizer._layout.plan)
+    layout.current(groups, defaultdict(dict), lambda p, g, gi, pi: optimizer._treat(*real[id(p)]))
+    return layout
+
+
+def diagnostics(layout: Layout, groups: Sequence[Group]) -> dict[str, float]:
+    """See `PreconditionedOptimizer.diagnostics`."""
+    out: dict[str, float] = {
+        "parameters": len(layout.params),
+        "preconditioned_blocks": sum(b.rows for b in layout.buckets if isinstance(b, Bucket)),
+        "fallback_parameters": sum(b.rows for b in layout.buckets if b.fallback),
+        **layout.failures(wait=True),
+    }
+    if layout.gradient_norm is not None:
+        out["gradient_norm"] = float(layout.gradient_norm)
+    conditions, waiting, stale = [], 0, 0
+    clock = layout.clock.tolist()
+    for b in layout.buckets:
+        if not isinstance(b, Bucket):
+            continue
+        waiting += int((b.s["count"] == 0).sum())
+        hp = groups[b.group]
+        conditions += [c[b.s["seen"] > 0] for c in b.method.conditions(b.s, _resting(b, hp, b.s)).values()]
+        for mode, phases in b.phases.items():
+            del mode
+            for piece, phase in zip(b.pieces, phases, strict=True):
+                start = b.method.first_refresh(hp)
+                t = int(clock[piece.index])
+                first = start if start == 1 else start + phase
+                stale = max(stale, t if t < first else (t - start - phase) % int(hp["refresh_every"]))
+    out["waiting_blocks"] = waiting
+    out["steps_since_refresh_max"] = stale
+    if conditions:
+        values = torch.cat([c.double().cpu() for c in conditions])
+        if values.numel():
+            out["condition_max"], out["condition_median"] = float(values.max()), float(values.median())
+    return {k: float(v) for k, v in out.items()}
+
+
+def _resting(b: BaseBucket, hp: Group, s: dict[str, Tensor]) -> Context:
+    """A context outside of a step."""
+    count = s["count"]
+    ones = torch.ones_like(count, dtype=b.dtype)
+    return Context(hp, b.modes, ones, ones, count, s.get("seen", count), expand=b.expand)
+
+
+def operator(
+    layout: Layout, groups: Sequence[Group], p: Tensor, kind: Literal["curvature", "preconditioner"]
+) -> KroneckerOperator:
+    """A parameter's curvature or preconditioner.
+
+    Raises:
+        ValueError: If the parameter is not one of the optimizer's trainable ones.
+    """
+    index = next((i for i, q in enumerate(layout.params) if q is p), None)
+    if index is None:
+        raise ValueError(f"the parameter of shape {tuple(p.shape)} is not a trainable parameter of this optimizer")
+    view = layout.treatments[index][2].view
+    blocks = []
+    for b in layout.buckets:
+        for r, piece in enumerate(b.pieces):
+            if piece.index == index:
+                bases, spectrum = _spectrum(b, r, groups[b.group], kind)
+                region = piece.region or tuple(slice(0, d) for d in view)
+                blocks.append(EigenBlock(region, bases, spectrum))
+    return KroneckerOperator(tuple(p.shape), view, blocks)
+
+
+def _spectrum(b: BaseBucket, r: int, hp: Group, kind: str) -> tuple[dict[int, Tensor], Tensor]:
+    flat = isinstance(b, FlatBucket)
+    s = b.s if flat else {name: stack[r : r + 1] for name, stack in b.s.items()}
+    found = b.method.spectra(s, _resting(b, hp, s))
+    if found is None:
+        raise NotImplementedError(f"{type(b.method).__name__} has no spectral view of its state")
+    bases, *spectra = found
+    spectrum = spectra[kind == "preconditioner"]
+    return {i: q[0] for i, q in bases.items()}, b.row(spectrum, r if flat else 0)

@@ -1,0 +1,110 @@
+"""How a parameter is cut into blocks, which modes of a block carry a factor, and why.
+
+Pure functions: the block grid depends on shapes and options alone, never on the device or the world size, so that
+state keys and curves are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+Region = tuple[slice, ...]
+
+_AXES = "rcxyzw"  # names of a tile's axes in state keys: row, column, then further axes
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What becomes of one parameter.
+
+    Attributes:
+        view: Shape that the parameter is viewed as (a convolution as `(out, in·kh·kw)`).
+        cuts: For each axis of `view`, the sizes of the pieces that it is cut into.
+        modes: Axes of a block that carry a factor; empty where nothing is preconditioned.
+        reason: One line for `coverage()`.
+        fallback: True where the parameter is left to the fallback method.
+    """
+
+    view: tuple[int, ...]
+    cuts: tuple[tuple[int, ...], ...]
+    modes: tuple[int, ...]
+    reason: str
+    fallback: bool = False
+
+    @property
+    def split(self) -> bool:
+        """Whether the parameter has more than one block."""
+        return any(len(pieces) > 1 for pieces in self.cuts)
+
+    def tiles(self) -> list[tuple[str, Region]]:
+        """`(key, region of the view)` of each block, first axis outermost. Keys are `tile_r0_c1`, ..."""
+        ranges = []
+        for pieces in self.cuts:
+            ends = [sum(pieces[: j + 1]) for j in range(len(pieces))]
+            ranges.append([slice(end - size, end) for size, end in zip(pieces, ends, strict=True)])
+        out = []
+        for index in product(*(range(len(r)) for r in ranges)):
+            key = "tile_" + "_".join(f"{axis}{j}" for axis, j in zip(_AXES, index, strict=False))
+            out.append((key, tuple(r[j] for r, j in zip(ranges, index, strict=True))))
+        return out
+
+
+def even_cuts(size: int, limit: int | None) -> tuple[int, ...]:
+    """Cut `size` into the fewest pieces of at most `limit`, equal up to one: `(1000, 512) -> (500, 500)`."""
+    if limit is None or size <= limit:
+        return (size,)
+    count = math.ceil(size / limit)
+    base, longer = divmod(size, count)
+    return tuple(base + (j < longer) for j in range(count))
+
+
+def whole(shape: tuple[int, ...], reason: str) -> Treatment:
+    """The parameter as one block without factors, left to the fallback."""
+    return Treatment(shape, tuple((d,) for d in shape), (), reason, fallback=True)
+
+
+def matrix_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | None) -> Treatment:
+    """The default rule: matrices in blocks, wide ones one-sided, all else to the fallback.
+
+    Args:
+        shape: The parameter's shape.
+        hp: Options of its group: `max_block_size`, `one_sided_aspect`, `max_precond_dim`.
+        role: `"embedding"`, `"head"`, `"hidden"`, or None where nobody said.
+
+    Returns:
+        The treatment. Size-1 axes are dropped and all axes after the first are merged (a convolution becomes
+        `(out, in·kh·kw)`); a matrix whose sides differ by `one_sided_aspect` or more has a factor on its smaller side
+        only, and stays whole along the other; sides with a factor are cut evenly to at most `max_block_size`.
+    """
+    sides = tuple(d for d in shape if d != 1)
+    if len(sides) < 2 or 0 in sides:
+        return whole(shape, "a vector or a scalar has no second mode" if 0 not in sides else "empty")
+    if role in ("embedding", "head"):
+        return whole(shape, f"role {role!r}: one side is a vocabulary")
+    rows, columns = sides[0], math.prod(sides[1:])
+    limit = hp["max_precond_dim"]
+    if role is None and limit is not None and max(rows, columns) > limit:
+        return whole(shape, f"a side of {max(rows, columns)} exceeds max_precond_dim={limit}: taken for a vocabulary")
+    size, aspect = hp["max_block_size"], hp["one_sided_aspect"]
+    modes: tuple[int, ...] = (0, 1)
+    if aspect is not None and max(rows, columns) >= aspect * min(rows, columns):
+        modes = (0,) if rows < columns else (1,)
+    cuts = tuple(even_cuts(d, size) if i in modes else (d,) for i, d in enumerate((rows, columns)))
+    name = " x ".join(map(str, (rows, columns)))
+    reason = f"{name} matrix" if len(sides) == 2 else f"{'x'.join(map(str, shape))} merged to {name}"
+    if len(modes) == 1:
+        reason += f", one-sided (aspect {max(rows, columns) / min(rows, columns):.3g} >= {aspect:g})"
+    count = math.prod(len(pieces) for pieces in cuts)
+    if count > 1:
+        reason += f", cut into {count} blocks of at most {size}"
+    return Treatment((rows, columns), cuts, modes, reason)
+
+
+def elementwise_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | None) -> Treatment:
+    """Every parameter whole and without factors, for methods that act element by element."""
+    del hp, role
+    return Treatment(shape, tuple((d,) for d in shape), (), "element-wise method")

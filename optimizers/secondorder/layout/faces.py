@@ -1,0 +1,211 @@
+"""State with two faces: stacks inside, `state[p]` outside, and the rule by which they stay one.
+
+The stacks of the buckets are the truth. `state[p]` is a plain dict of views into them (nested by tile for a split
+parameter). Before each step an identity check looks whether anybody put something else in a view's place (a load, a
+deepcopy, Accelerate, FSDP's swap of parameters); then fresh stacks are made and whatever `state[p]` holds is adopted.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from secondorder.layout.blocks import Treatment
+from secondorder.layout.buckets import BaseBucket, Bucket, FlatBucket, cut_pieces, factor_dtype
+from secondorder.layout.plan import Flags, Plan
+from secondorder.layout.schedule import assign_phases
+from secondorder.preconditioner.protocol import Method
+
+Group = dict[str, Any]
+ParamState = MutableMapping[Tensor, Any]
+Treat = Callable[[Tensor, Group, int, int], tuple[Method, Treatment]]
+
+_FLAT_LIMIT = 1 << 24  # elements of a flat bucket: bounds the workspaces of element-wise methods to 64 MiB each
+
+
+class Layout:
+    """Parameters, blocks and buckets of one optimizer; one object, mutated in place.
+
+    In place, because wrappers (Lightning's) share an optimizer's attributes by reference: a rebinding is lost there.
+
+    Attributes:
+        plan: Which blocks are owned here, and how streams and updates travel.
+        params: All parameters that are laid out, in group order.
+        treatments: For each of them, `(group index, method, treatment)`.
+        buckets: Stacked and flat buckets.
+        clock: `(P,)` float32 on the CPU: for every parameter, the calls in which it had a gradient.
+        refused: Refused steps so far, a 0-d device tensor per device.
+        gradient_norm: Norm of all gradients of the last step, a 0-d device tensor, or None.
+        warned: What has been warned about.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.params: list[Tensor] = []
+        self.treatments: list[tuple[int, Method, Treatment]] = []
+        self.buckets: list[BaseBucket] = []
+        self.clock = torch.zeros(0)
+        self.refused: dict[torch.device, Tensor] = {}
+        self.gradient_norm: Tensor | None = None
+        self.warned: set[str] = set()
+        self._signature: tuple[Any, ...] | None = None
+        self._flat: list[Tensor] = []
+        self._faces: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._dicts: list[tuple[Tensor, dict[str, Any]]] = []
+        self._own: list[dict[str, Any]] = []
+        self._workspaces: dict[tuple[torch.device, torch.dtype, str], Tensor] = {}
+
+    def current(self, groups: Sequence[Group], state: ParamState, treat: Treat) -> Layout:
+        """Bring layout and state up to date; cheap when nothing changed."""
+        signature = _signature(groups)
+        if signature != self._signature or not self._intact(state):
+            self._rebuild(groups, state, treat, signature)
+        return self
+
+    def _intact(self, state: ParamState) -> bool:
+        return all(d.get(key) is view for d, key, view in self._faces) and all(
+            state.get(p) is d for p, d in self._dicts
+        )
+
+    def _rebuild(self, groups: Sequence[Group], state: ParamState, treat: Treat, signature: tuple[Any, ...]) -> None:
+        flat = [p for g in groups for p in g["params"]]
+        self._follow_replaced(flat, state)
+        self._signature = None  # if anything below raises, the next call tries again
+        self._faces, self._dicts, self._own, self.buckets = [], [], [], []
+        self.params, self.treatments = [], []
+        seen: set[int] = set()
+        for gi, g in enumerate(groups):
+            for pi, p in enumerate(g["params"]):
+                if p.requires_grad and id(p) not in seen and not is_lazy(p):
+                    seen.add(id(p))
+                    method, treatment = treat(p, g, gi, pi)
+                    self.params.append(p)
+                    self.treatments.append((gi, method, treatment))
+        self.buckets = self._make_buckets()
+        self.clock = torch.zeros(len(self.params))
+        for i, p in enumerate(self.params):
+            self._dicts.append((p, state[p]))
+            self._own.append({})
+            self._attach(i, None, "step", self.clock[i])
+        for b in self.buckets:  # one bucket at a time: old stacks go when their last view is replaced
+            b.allocate(groups[b.group])
+            for name, views in b.columns().items():
+                for piece, view in zip(b.pieces, views, strict=True):
+                    self._attach(piece.index, piece.key, name, view)
+        self._bind_workspaces(groups)
+        assign_phases([b for b in self.buckets if isinstance(b, Bucket)], groups)
+        self._signature, self._flat = signature, flat
+
+    def _follow_replaced(self, flat: list[Tensor], state: ParamState) -> None:
+        """Same places, new objects (FSDP's and others' swap of parameters): state moves along by position."""
+        if len(flat) != len(self._flat):
+            return
+        for old, new in zip(self._flat, flat, strict=True):
+            if old is not new and old in state and new not in state:
+                state[new] = state.pop(old)
+
+    def _attach(self, index: int, tile: str | None, key: str, view: Tensor) -> None:
+        """Make `view` an entry of the parameter's (tile's) state, holding what the entry held before."""
+        d, own = self._dicts[index][1], self._own[index]
+        if tile is not None:
+            d, own = d.setdefault(tile, {}), own.setdefault(tile, {})
+        held = d.get(key)
+        if held is not None:
+            held = torch.as_tensor(held)
+            if held.shape != view.shape:
+                raise ValueError(
+                    f"state {key!r} of the parameter of shape {tuple(self.params[index].shape)} has shape "
+                    f"{tuple(held.shape)}, expected {tuple(view.shape)}"
+                )
+            view.copy_(held)
+        d[key] = own[key] = view
+        self._faces.append((d, key, view))
+
+    def _make_buckets(self) -> list[BaseBucket]:
+        stacked: dict[Any, Bucket] = {}
+        flat: dict[Any, list[FlatBucket]] = defaultdict(list)
+        for i, (p, (gi, method, treatment)) in enumerate(zip(self.params, self.treatments, strict=True)):
+            kind = (gi, method, treatment.fallback)
+            where = (p.dtype, p.device)
+            if method.elementwise:
+                fusible = p.is_contiguous() and p.dtype == factor_dtype(p.dtype)
+                rows = flat[kind, where, fusible]
+                if not rows or rows[-1].numel + p.numel() > _FLAT_LIMIT:
+                    rows.append(FlatBucket(*kind, (), *where, fusible=fusible))
+                rows[-1].pieces.extend(cut_pieces(i, p, treatment))
+                continue
+            for piece in self.plan.own(cut_pieces(i, p, treatment)):
+                key = (kind, treatment.modes, where, piece.block)
+                if key not in stacked:
+                    stacked[key] = Bucket(*kind, treatment.modes, *where, shape=piece.block)
+                stacked[key].pieces.append(piece)
+        return [*stacked.values(), *(b for rows in flat.values() for b in rows)]
+
+    def _bind_workspaces(self, groups: Sequence[Group]) -> None:
+        """Workspaces as large as the largest bucket, shared by all buckets of a device and dtype."""
+        sizes: dict[tuple[torch.device, torch.dtype, str], int] = {}
+        for b in self.buckets:
+            for name in streams(b, groups[b.group]):
+                key = (b.device, b.dtype, name)
+                sizes[key] = max(sizes.get(key, 0), b.numel)
+        self._workspaces = {k: torch.empty(n, dtype=k[1], device=k[0]) for k, n in sizes.items()}
+        for b in self.buckets:
+            names = streams(b, groups[b.group])
+            b.bind({name: self._workspaces[b.device, b.dtype, name] for name in names})
+
+    def entries(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """`(parameter, its entries in the stacks, nested by tile)` of all parameters that are laid out."""
+        return list(zip(self.params, self._own, strict=True))
+
+    def forget(self) -> None:
+        """Look at `state` anew at the next call of `current`."""
+        self._signature = None
+
+    def count_refused(self, flags: Flags) -> None:
+        """Keep the norm of this step's gradients, and count the step if it was refused."""
+        self.gradient_norm = flags.gradient_norm
+        for device, ok in flags.ok.items():
+            refused = self.refused.get(device)
+            self.refused[device] = ~ok + (0 if refused is None else refused)
+
+    def failures(self, wait: bool) -> dict[str, int]:
+        """Refused steps and failed refreshes so far; without `wait`, only what can be read without waiting."""
+        readable = [r for d, r in self.refused.items() if d.type == "cpu" or (wait and d.type != "meta")]
+        failed = [
+            b.s["failures"]
+            for b in self.buckets
+            if "failures" in b.s and (b.device.type == "cpu" or (wait and b.device.type != "meta"))
+        ]
+        return {
+            "refused_steps": max((int(r) for r in readable), default=0),
+            "refresh_failures": sum(int(f.sum()) for f in failed),
+        }
+
+    def tick(self, present: Sequence[bool]) -> None:
+        """Count this call for the parameters that had a gradient."""
+        if all(present):
+            self.clock.add_(1)
+        else:
+            self.clock.add_(torch.tensor(present, dtype=self.clock.dtype))
+
+
+def streams(b: BaseBucket, hp: Group) -> tuple[str, ...]:
+    """Workspaces that a bucket needs: gradient, update, and the parameter where decay or method reads it."""
+    return ("grad", "update", "param") if "param" in b.method.streams or _couples_decay(hp) else ("grad", "update")
+
+
+def _couples_decay(hp: Group) -> bool:
+    return hp["weight_decay_kind"] != "decoupled" and hp["weight_decay"] != 0
+
+
+def _signature(groups: Sequence[Group]) -> tuple[Any, ...]:
+    """What a layout depends on that can change between two steps."""
+    return tuple(
+        (_couples_decay(g), *((id(p), p.__class__, p.dtype, p.device, p.requires_grad) for p in g["params"]))
+        for g in groups
+    )

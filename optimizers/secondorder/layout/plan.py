@@ -1,0 +1,168 @@
+"""The plan: which rank owns a block, and how gradients come to the owner and updates go back.
+
+Five verbs: `own`, `flags`, `stage`, `commit`, `finish`. With one process a plan is close to the identity: every block
+is owned here, gradients are gathered from `p.grad`, updates are written at once. A plan over several ranks is another
+object with the same verbs; neither the step nor a method changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from secondorder.layout.buckets import BaseBucket, Piece, factor_dtype
+
+Group = dict[str, Any]
+
+# Grams, their products and traces of products must stay finite: a factor 2^12 on the norm leaves room for all of them.
+_MARGIN = 2.0**12
+
+
+@dataclass
+class Flags:
+    """Decisions of one step, taken before any state is touched.
+
+    Attributes:
+        grads: Gradient of every parameter, or None.
+        ok: By device, a 0-d bool: all gradients are finite and their norms in the usable range.
+        gradient_norm: 0-d, Euclidean norm of all gradients together.
+        norms: `(indices of parameters, usable, their gradient norms)` by device and dtype, to name the culprits.
+    """
+
+    grads: list[Tensor | None]
+    ok: dict[torch.device, Tensor]
+    gradient_norm: Tensor | None
+    norms: list[tuple[list[int], Tensor, Tensor]]
+
+    @property
+    def present(self) -> list[bool]:
+        """For every parameter, whether it has a gradient."""
+        return [g is not None for g in self.grads]
+
+
+def largest_norm(dtype: torch.dtype) -> float:
+    """Above this gradient norm a step is refused: a Gram matrix would overflow."""
+    return math.sqrt(torch.finfo(dtype).max) / _MARGIN
+
+
+def smallest_norm(dtype: torch.dtype) -> float:
+    """Below this norm of a block its statistics wait: a Gram matrix would vanish."""
+    return math.sqrt(torch.finfo(dtype).tiny) * _MARGIN
+
+
+class Plan(Protocol):
+    """What the step asks of a plan."""
+
+    def own(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces of one parameter that this process works on."""
+        ...
+
+    def flags(self, params: Sequence[Tensor]) -> Flags:
+        """Decide, the same on every rank, whether this step takes place."""
+        ...
+
+    def stage(self, b: BaseBucket, params: Sequence[Tensor], flags: Flags) -> None:
+        """Bring the bucket's streams into its workspaces, zeros where the step is refused."""
+        ...
+
+    def commit(self, b: BaseBucket, params: Sequence[Tensor], flags: Flags, hp: Group, rows: Sequence[int]) -> None:
+        """Hand over the bucket's update for the given rows."""
+        ...
+
+    def finish(self) -> None:
+        """Complete what `commit` began, after the last bucket."""
+        ...
+
+
+class SinglePlan:
+    """One process: every block is owned here, updates are written at once."""
+
+    def own(self, pieces: list[Piece]) -> list[Piece]:
+        """See `Plan`."""
+        return pieces
+
+    def flags(self, params: Sequence[Tensor]) -> Flags:
+        """See `Plan`. Norms are measured by one multi-tensor launch per device and dtype."""
+        grads = [p.grad for p in params]
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+        for i, g in enumerate(grads):
+            if g is not None:
+                kinds[g.device, g.dtype].append(i)
+        norms, verdicts, squares = [], defaultdict(list), []
+        for (device, dtype), members in kinds.items():
+            wide = factor_dtype(dtype)
+            chosen = [g for g in (grads[i] for i in members) if g is not None]
+            measured = torch.stack(torch._foreach_norm(chosen, 2, dtype=wide))
+            usable = measured < largest_norm(wide)  # nan compares as False
+            norms.append((members, usable, measured))
+            verdicts[device].append(usable.all())
+            squares.append(measured.square().sum())
+        own = {device: torch.stack(found).all() for device, found in verdicts.items()}
+        ok = {device: torch.stack([v.to(device) for v in own.values()]).all() for device in own}
+        total = torch.stack([q.to(squares[0].device).double() for q in squares]).sum().sqrt() if squares else None
+        return Flags(grads, ok, total, norms)
+
+    def stage(self, b: BaseBucket, params: Sequence[Tensor], flags: Flags) -> None:
+        """See `Plan`."""
+        rows = [r for r, piece in enumerate(b.pieces) if flags.grads[piece.index] is not None]
+        if len(rows) < b.rows:
+            b.work["grad"].zero_()
+        sources = [b.pieces[r].cut(flags.grads[b.pieces[r].index]) for r in rows]  # type: ignore[arg-type]
+        torch._foreach_copy_([b.work_rows["grad"][r] for r in rows], sources)
+        # A rate of 0 does not protect an average from a nan: lerp_(nan, 0) is nan. So bad streams become zeros first.
+        b.work["grad"].masked_fill_(~flags.ok[b.device], 0)
+        if "param" in b.work:
+            torch._foreach_copy_(b.work_rows["param"], [piece.cut(params[piece.index]) for piece in b.pieces])
+
+    def commit(self, b: BaseBucket, params: Sequence[Tensor], flags: Flags, hp: Group, rows: Sequence[int]) -> None:
+        """See `Plan`: `p <- (1 - lr wd) p - lr u`."""
+        if rows:
+            lr = hp["lr"]
+            if isinstance(lr, Tensor):
+                b.work["update"].mul_(lr)
+                lr = 1.0
+            updates = [b.work_rows["update"][r] for r in rows]
+            write([b.pieces[r] for r in rows], params, updates, lr, _keep(b, flags, hp), b.method.decay_after)
+
+    def finish(self) -> None:
+        """See `Plan`."""
+
+
+def _keep(b: BaseBucket, flags: Flags, hp: Group) -> Tensor | None:
+    """What decoupled decay leaves of a parameter, 0-d; 1 in a refused step; None where there is no decay."""
+    if hp["weight_decay"] == 0 or hp["weight_decay_kind"] != "decoupled":
+        return None
+    ok = flags.ok[b.device].to(b.dtype)
+    return 1 - ok * (hp["lr"] * hp["weight_decay"])
+
+
+def write(
+    pieces: Sequence[Piece],
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    lr: float,
+    keep: Tensor | None,
+    decay_after: bool,
+) -> None:
+    """Apply updates to pieces of parameters, whatever the parameters' memory layout."""
+    copies: dict[int, Tensor] = {}
+    targets = []
+    for piece in pieces:
+        p = params[piece.index]
+        if not piece.viewable:
+            # Writing through a reshape would change a copy: work on one copy per parameter, and bring it back.
+            p = copies.setdefault(piece.index, p.reshape(piece.view))
+        targets.append(piece.cut(p))
+    if keep is not None and not decay_after:
+        torch._foreach_mul_(targets, keep)
+    torch._foreach_add_(targets, list(updates), alpha=-lr)
+    if keep is not None and decay_after:
+        torch._foreach_mul_(targets, keep)
+    for index, copy in copies.items():
+        params[index].copy_(copy.view(params[index].shape))

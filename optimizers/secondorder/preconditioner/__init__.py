@@ -1,0 +1,1 @@
+"""What is stored, refreshed and applied: the method protocol, factors, scalings, and the operators that show them."""

@@ -1,0 +1,88 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from typing_extensions import Unpack
+
+from secondorder._optimizer import PreconditionedOptimizer
+from secondorder._options import KRONECKER, KroneckerOptions, Option, is_beta, one_of, optional
+from secondorder.curvature.gradient import GradientStatistic
+from secondorder.preconditioner.adam import AdamInBasis
+from secondorder.preconditioner.eigenbasis import EigenBasis
+from secondorder.preconditioner.kronecker import Kronecker
+from secondorder.preconditioner.protocol import Method
+
+
+class SOAP(PreconditionedOptimizer):
+    """SOAP: Adam in the slowly turning eigenbasis of Shampoo's Kronecker factors.
+
+    For every block `G (d_0, d_1)` of a gradient, with one covariance `C_i` and basis `Q_i` per mode:
+
+        X  = Q_0^T G Q_1                              project
+        m <- average of X   (β1, debiased)            exp_avg
+        v <- average of X²  (β2, debiased)            exp_avg_sq
+        m̃  = β1 m + (1 - β1) X                        nesterov=True; else m
+        U  = Q_0 (m̃ / (√v + eps)) Q_1^T               6 products a step in all
+        W <- (1 - lr · weight_decay) W - lr U
+        C_0 <- average of G G^T,  C_1 <- average of G^T G      (factor_beta, debiased)
+        every refresh_every calls, for each mode:     Q_i <- qr(C_i Q_i[:, π]).Q,  π sorts by q^T C_i q
+                                                      R = Q_new^T Q_old;  m <- R m;  v <- (R ∘ R) v
+
+    The gradient never chooses the basis on which it is projected. Until `refresh_every` gradients are seen, `Q_i = I`
+    (Adam); then one eigendecomposition each. Parameters that are no matrices, embeddings and heads go to AdamW in the
+    same optimizer; `coverage()` tells which, and why.
+
+    Source: Vyas et al., *SOAP: Improving and Stabilizing Shampoo using Adam* (2024, arXiv:2409.11321), algorithm 3.
+    Deviations, all for speed or quality, each with the way back: Nesterov momentum and β1 = 0.9 (paper's code:
+    `betas=(0.95, 0.95), nesterov=False`); blocks of at most 512 and one-sided factors for matrices of aspect 4 or more
+    (`max_block_size=None, one_sided_aspect=None`); refreshes spread over the period (`refresh="together"`); `v`
+    transported instead of permuted; no first step lost to the first decomposition (`first="skip"`); decay before the
+    step, as in AdamW; eps acts on the bias-corrected `v`.
+
+    The best learning rate is near three times AdamW's on small models; AdamW's own is a safe start.
+
+    Args:
+        params: Parameters, dicts of parameter groups, or `(name, parameter)` pairs.
+        lr: Learning rate, a number or a 1-element tensor. Default: 3e-3.
+        betas: Decay rates (β1, β2) of the moments in the basis. Default: (0.9, 0.95).
+        eps: Added to the root of the second moment. Default: 1e-8.
+        weight_decay: Strength of weight decay. Default: 0.01.
+        factor_beta: Decay rate of the covariances; None: β2. Default: None.
+        first: What a parameter's first gradient does: `"apply"` (a step of Adam) or `"skip"` (choose the first basis,
+            no step). Default: `"apply"`.
+        refresh_by: `"qr"` (one power iteration) or `"eigh"` (a full decomposition). Default: `"qr"`.
+        **options: See below.
+
+    Raises:
+        TypeError: For an unknown option, or parameters that are complex or DTensors.
+        ValueError: For a value that is not allowed.
+    """
+
+    own_options = {
+        "factor_beta": Option(None, "None or a number in [0, 1)", optional(is_beta), "decay rate of the covariances."),
+        "first": Option("apply", *one_of("apply", "skip"), "what a first gradient does."),
+        "refresh_by": Option("qr", *one_of("qr", "eigh"), "how a basis is refreshed."),
+    }
+    shared_options = KRONECKER
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        *,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        factor_beta: float | None = None,
+        first: Literal["apply", "skip"] = "apply",
+        refresh_by: Literal["qr", "eigh"] = "qr",
+        **options: Unpack[KroneckerOptions],
+    ) -> None:
+        own = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        own.update(factor_beta=factor_beta, first=first, refresh_by=refresh_by)
+        super().__init__(params, own, options)
+
+    def _method(self, group: dict[str, Any]) -> Method:
+        return Kronecker(GradientStatistic(), EigenBasis(), AdamInBasis(), lagged=True, first=group["first"])
