@@ -19,9 +19,9 @@ _ema_syrk = Operation(reference.ema_syrk_, _ema_syrk_example)
 def ema_syrk_(C: Tensor, X: Tensor, rate: Tensor) -> Tensor:
     """Fold the Gram matrices of X into their running averages: C ← C + rate (X Xᵀ - C).
 
-    Where the rate is 0, C keeps its bits, as long as X Xᵀ is finite. The result is as symmetric as the product that
-    the device's BLAS returns for X Xᵀ: exactly so wherever this was tried (CPU), but nothing should rely on it.
-    The precision of float32 products follows `torch.get_float32_matmul_precision()`.
+    Where the rate is 0, C keeps its bits, as long as X Xᵀ is finite. C stays symmetric up to its last bits: even where
+    X Xᵀ is exactly symmetric (as on every CPU tried), the SIMD code of the average may round the two triangles
+    differently. The precision of float32 products follows `torch.get_float32_matmul_precision()`.
 
     Args:
         C: Symmetric averages, shape `(n, d, d)`, float32 or float64; changed in place.

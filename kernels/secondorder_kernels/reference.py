@@ -54,11 +54,12 @@ def adamw_(
 ) -> None:
     """One step of AdamW on many tensors. See `elementwise.adamw_`.
 
-    Apart from three small operations per tensor (masking its gradient, and its two bias corrections) a fixed number of
-    multi-tensor ones.
+    A fixed number of multi-tensor operations, and one per tensor that masks its gradient. (Of the former, those with a
+    list of scalars launch one kernel per tensor on a GPU.)
     """
     # Every rate is multiplied by `taken`. That is not enough for a gradient which is NaN, as 0 * NaN is NaN.
-    gradients = [torch.where(refused > 0, 0.0, -g if maximize else g) for g in grads]
+    refuse, zero = refused > 0, grads[0].new_zeros(())
+    gradients = [torch.where(refuse, zero, g) for g in (torch._foreach_neg(grads) if maximize else grads)]
     t = torch.stack(counts).to(torch.promote_types(params[0].dtype, torch.float32))
     taken = (refused == 0).to(t.dtype)
     t = t.clamp(min=1)  # 0 before the first step that is taken; the corrections are then finite, and without effect
@@ -72,7 +73,7 @@ def adamw_(
 
     denominators = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denominators, roots.unbind())
-    torch._foreach_add_(denominators, eps + (1 - taken))  # not 0 in a refused step, even if eps is
+    torch._foreach_add_(denominators, [eps + (1 - taken)] * len(params))  # not 0 in a refused step, even if eps is
     updates = torch._foreach_div(exp_avgs, denominators)
     torch._foreach_mul_(updates, step_sizes.unbind())
     torch._foreach_mul_(params, 1 - taken * (lr * weight_decay))

@@ -28,10 +28,13 @@ Group = dict[str, Any]
 
 def hyperparameters(b: BaseBucket, group: Group) -> Group:
     """The group's values as the bucket's method reads them: the fallback has its own betas and rate."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.view(())
     if not b.fallback:
-        return group
+        return {**group, "lr": lr}
     betas = group["betas"] if group["fallback_betas"] is None else group["fallback_betas"]
-    return {**group, "betas": betas, "lr": group["lr"] * group["fallback_lr_scale"]}
+    return {**group, "betas": betas, "lr": lr * group["fallback_lr_scale"]}
 
 
 def step_bucket(

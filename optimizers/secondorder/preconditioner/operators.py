@@ -218,7 +218,7 @@ class KroneckerOperator:
     def _require(self, holds: Callable[[Tensor], Tensor], what: str, operation: str) -> None:
         failing = sum(int((~holds(block.spectrum)).sum()) for block in self._blocks)
         if failing:
-            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]  # public, but not in torch's __all__
+            raise torch.linalg.LinAlgError(
                 f"{operation} needs eigenvalues that are {what}; {failing} of {self.shape[0]} are not"
             )
 
