@@ -117,9 +117,16 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         module = self._module() if self._module is not None else None
         self._labels.append(labels(group, len(self.param_groups) - 1, module))
 
+    def _label(self, group_index: int, index: int) -> Label:
+        group, known = self.param_groups[group_index], self._labels[group_index]
+        if index >= len(known):  # somebody appended to group["params"]
+            module = self._module() if self._module is not None else None
+            known.extend(labels(group, group_index, module)[len(known) :])
+        return known[index]
+
     def _treat(self, p: Tensor, group: Group, group_index: int, index: int) -> tuple[Method, Treatment]:
         _refuse(type(self).__name__, p)
-        role = group.get("role") or self._labels[group_index][index].role
+        role = group.get("role") or self._label(group_index, index).role
         treatment = self._blocks(tuple(p.shape), group, role)
         return (self._fallback(group) if treatment.fallback else self._method(group)), treatment
 
@@ -196,12 +203,13 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         bad = []
         for members, usable, norms in flags.norms:
             bad += [(i, float(n)) for i, u, n in zip(members, usable.tolist(), norms.tolist(), strict=True) if not u]
-        names = [label.name for group in self._labels for label in group]
-        where = {id(p): name for g in self.param_groups for p, name in zip(g["params"], names, strict=False)}
+        where = {}
+        for gi, g in enumerate(self.param_groups):
+            where.update({id(p): self._label(gi, pi).name for pi, p in enumerate(g["params"])})
         first, norm = bad[0]
         raise RuntimeError(
             f"{type(self).__name__}: {len(bad)} parameters have gradients that are not finite or too large; the first "
-            f"is {where.get(id(layout.params[first]), first)} of shape {tuple(layout.params[first].shape)}, with "
+            f"is {where[id(layout.params[first])]} of shape {tuple(layout.params[first].shape)}, with "
             f"gradient norm {norm}. State and parameters are unchanged."
         )
 
@@ -238,17 +246,19 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         groups = checkpoint.merged_groups(state_dict, self.param_groups, self.defaults)
         for group in groups:
             validate(group, self._checks())
-        layout = self._current()
-        checkpoint.check(state_dict, self.param_groups, layout)
-        state = checkpoint.adoptable(state_dict, self.param_groups, layout)
-        layout.forget()
+        fits = Layout.ghost(self._layout.plan, groups, self._treat)
+        checkpoint.check(state_dict, groups, fits)
+        state = checkpoint.adoptable(state_dict, groups, fits)
+        self._layout.forget()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._current()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_labels": self._labels}
+        # Views would drag their whole stack into a pickle, each of them.
+        state = {p: _detached(entries) for p, entries in self.state.items()}
+        return {**super().__getstate__(), "state": defaultdict(dict, state), "_labels": self._labels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -299,6 +309,13 @@ def _refuse(name: str, p: Tensor) -> None:
         raise TypeError(f"{name} does not support complex parameters: optimize torch.view_as_real of them")
     if any(base.__name__ == "DTensor" for base in type(p).__mro__):
         raise TypeError(f"{name} does not support DTensor parameters (FSDP2, tensor parallelism) yet")
+
+
+def _detached(value: Any) -> Any:
+    """A copy of nested entries whose tensors have memory of their own."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return {k: _detached(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import Tensor, nn
@@ -50,12 +51,12 @@ class KroneckerOptions(CommonOptions, total=False):
 
 def is_number(v: Any) -> bool:
     """A finite real number that is not a bool."""
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
 
 
 def is_count(v: Any) -> bool:
     """A positive int."""
-    return isinstance(v, int) and not isinstance(v, bool) and v >= 1
+    return isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= 1
 
 
 def one_of(*values: str) -> tuple[str, Callable[[Any], bool]]:
@@ -183,9 +184,9 @@ def validate(group: Mapping[str, Any], table: Mapping[str, Option]) -> None:
             raise ValueError("Tensor lr must be 1-element")
         if lr.device.type == "cpu" and not lr.item() >= 0:
             raise ValueError(f"Invalid learning rate: {lr.item()}")
-    elif isinstance(lr, bool) or not isinstance(lr, (int, float)):
+    elif isinstance(lr, bool) or not isinstance(lr, Real):
         raise TypeError(f"lr must be a number or a 1-element Tensor, got {lr!r}")
-    elif not 0.0 <= lr < math.inf:
+    elif not 0.0 <= float(lr) < math.inf:
         raise ValueError(f"Invalid learning rate: {lr}")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from secondorder.layout.buckets import BaseBucket, Bucket, FlatBucket
 from secondorder.layout.faces import Layout, streams
+from secondorder.layout.schedule import last_refresh
 from secondorder.preconditioner.operators import EigenBlock, KroneckerOperator
 from secondorder.preconditioner.protocol import Context
 
@@ -68,7 +69,10 @@ def coverage(optimizer: PreconditionedOptimizer) -> Coverage:
     rows = []
     for gi, group in enumerate(optimizer.param_groups):
         for pi, p in enumerate(group["params"]):
-            name = optimizer._labels[gi][pi].name
+            name = optimizer._label(gi, pi).name
+            if is_lazy(p):
+                rows.append(CoverageRow(name, (), "undecided", 0, "lazy: has no shape before its first forward pass"))
+                continue
             if not p.requires_grad:
                 rows.append(CoverageRow(name, tuple(p.shape), "frozen", 0, "requires_grad is False"))
                 continue
@@ -114,46 +118,22 @@ class MemoryReport:
 
 def memory_report(optimizer: PreconditionedOptimizer) -> MemoryReport:
     """See `PreconditionedOptimizer.memory_report`. Counts a layout of empty parameters: nothing is allocated."""
-    ghost = _ghost_layout(optimizer)
+    ghost = Layout.ghost(optimizer._layout.plan, optimizer.param_groups, optimizer._treat)
     names = {}
     for gi, group in enumerate(optimizer.param_groups):
         for pi, p in enumerate(group["params"]):
-            names[id(p)] = optimizer._labels[gi][pi].name
-    size: dict[int, int] = defaultdict(int)
+            names[id(p)] = optimizer._label(gi, pi).name
+    size = [4] * len(ghost.params)  # the step
     works: dict[Any, int] = {}
     for b in ghost.buckets:
-        for stack_views in b.columns().values():
-            for piece, view in zip(b.pieces, stack_views, strict=True):
+        for views in b.columns().values():
+            for piece, view in zip(b.pieces, views, strict=True):
                 size[piece.index] += view.numel() * view.element_size()
         for name in streams(b, optimizer.param_groups[b.group]):
             key = (b.device, b.dtype, name)
-            works[key] = max(works.get(key, 0), b.numel * torch.empty(0, dtype=b.dtype).element_size())
-    rows: list[MemoryRow] = []
-    seen: set[int] = set()
-    trained = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-    for p in trained:
-        if id(p) not in seen:
-            rows.append(MemoryRow(names[id(p)], tuple(p.shape), size[len(seen)] + 4))  # and its step
-            seen.add(id(p))
-    return MemoryReport(rows, sum(works.values()), sum(p.numel() for p in trained))
-
-
-def _ghost_layout(optimizer: PreconditionedOptimizer) -> Layout:
-    """The layout of parameters of the same shapes on the meta device, with the same treatments."""
-    real: dict[int, tuple[Tensor, Group, int, int]] = {}
-    groups, known = [], {}
-    for gi, group in enumerate(optimizer.param_groups):
-        ghosts = []
-        for pi, p in enumerate(group["params"]):
-            if id(p) not in known:
-                ghost = torch.empty_like(p, device="meta").requires_grad_(p.requires_grad)
-                known[id(p)] = ghost
-                real[id(ghost)] = (p, group, gi, pi)
-            ghosts.append(known[id(p)])
-        groups.append({**group, "params": ghosts})
-    layout = Layout(optimizer._layout.plan)
-    layout.current(groups, defaultdict(dict), lambda p, g, gi, pi: optimizer._treat(*real[id(p)]))
-    return layout
+            works[key] = max(works.get(key, 0), b.numel * b.dtype.itemsize)
+    rows = [MemoryRow(names[id(p)], tuple(p.shape), n) for p, n in zip(ghost.params, size, strict=True)]
+    return MemoryReport(rows, sum(works.values()), sum(p.numel() for p in ghost.params))
 
 
 def diagnostics(layout: Layout, groups: Sequence[Group]) -> dict[str, float]:
@@ -174,13 +154,10 @@ def diagnostics(layout: Layout, groups: Sequence[Group]) -> dict[str, float]:
         waiting += int((b.s["count"] == 0).sum())
         hp = groups[b.group]
         conditions += [c[b.s["seen"] > 0] for c in b.method.conditions(b.s, _resting(b, hp, b.s)).values()]
-        for mode, phases in b.phases.items():
-            del mode
+        for phases in b.phases.values():
             for piece, phase in zip(b.pieces, phases, strict=True):
-                start = b.method.first_refresh(hp)
                 t = int(clock[piece.index])
-                first = start if start == 1 else start + phase
-                stale = max(stale, t if t < first else (t - start - phase) % int(hp["refresh_every"]))
+                stale = max(stale, t - last_refresh(b.method, int(hp["refresh_every"]), phase, t))
     out["waiting_blocks"] = waiting
     out["steps_since_refresh_max"] = stale
     if conditions:

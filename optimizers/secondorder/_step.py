@@ -185,7 +185,8 @@ def _step_in_place(
         b.s["count"].add_(taken)
     else:
         b.s["count"].add_(torch.tensor(present, dtype=torch.float32).to(b.device) * taken)
-    grads = [flags.grads[b.pieces[r].index].contiguous() for r in rows]  # type: ignore[union-attr]
+    found = [flags.grads[b.pieces[r].index] for r in rows]
+    grads = [g.to(b.param_dtype).contiguous() for g in found if g is not None]
     state = {name: [views[r] for r in rows] for name, views in b.row_state.items()}
     in_place([params[b.pieces[r].index] for r in rows], grads, state, 1 - taken, hp)
     return True

@@ -30,9 +30,9 @@ class SOAP(PreconditionedOptimizer):
         every refresh_every calls, for each mode:     Q_i <- qr(C_i Q_i[:, π]).Q,  π sorts by q^T C_i q
                                                       R = Q_new^T Q_old;  m <- R m;  v <- (R ∘ R) v
 
-    The gradient never chooses the basis on which it is projected. Until `refresh_every` gradients are seen, `Q_i = I`
-    (Adam); then one eigendecomposition each. Parameters that are no matrices, embeddings and heads go to AdamW in the
-    same optimizer; `coverage()` tells which, and why.
+    The gradient never chooses the basis on which it is projected: the first step is Adam's (`Q_i = I`), and the first
+    bases are the eigenvectors of that gradient's statistics, decomposed once more within the second period. Parameters
+    that are no matrices, embeddings and heads go to AdamW in the same optimizer; `coverage()` tells which, and why.
 
     Source: Vyas et al., *SOAP: Improving and Stabilizing Shampoo using Adam* (2024, arXiv:2409.11321), algorithm 3.
     Deviations, all for speed or quality, each with the way back: Nesterov momentum and β1 = 0.9 (paper's code:
@@ -50,8 +50,8 @@ class SOAP(PreconditionedOptimizer):
         eps: Added to the root of the second moment. Default: 1e-8.
         weight_decay: Strength of weight decay. Default: 0.01.
         factor_beta: Decay rate of the covariances; None: β2. Default: None.
-        first: What a parameter's first gradient does: `"apply"` (a step of Adam) or `"skip"` (choose the first basis,
-            no step). Default: `"apply"`.
+        first: What a parameter's first gradient does besides choosing the first basis: `"apply"` (a step of Adam) or
+            `"skip"` (no step). Default: `"apply"`.
         refresh_by: `"qr"` (one power iteration) or `"eigh"` (a full decomposition). Default: `"qr"`.
         **options: See below.
 

@@ -32,6 +32,8 @@ def merged_groups(
             "loaded state dict has a different number of parameter groups "
             f"({len(saved_groups)} instead of {len(groups)})"
         )
+    # One copy of all groups at once: a tensor lr that groups share is still shared.
+    taken = copy.deepcopy([{k: v for k, v in saved.items() if k != "params"} for saved in saved_groups])
     out = []
     for i, (ours, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         if len(ours["params"]) != len(saved["params"]):
@@ -40,13 +42,12 @@ def merged_groups(
                 f"(group {i}: {len(saved['params'])} parameters instead of {len(ours['params'])})"
             )
         kept = {key: ours[key] for key in (*defaults, "param_names") if key in ours}
-        taken = copy.deepcopy({k: v for k, v in saved.items() if k != "params"})
-        out.append({**kept, **taken, "params": ours["params"]})
+        out.append({**kept, **taken[i], "params": ours["params"]})
     return out
 
 
 def check(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], layout: Layout) -> None:
-    """Compare a state dict with the optimizer that is to take it; nothing is changed.
+    """Compare a state dict with the layout that is to take it (of the merged groups); nothing is changed.
 
     Raises:
         ValueError: For a missing entry, or a shape that differs.

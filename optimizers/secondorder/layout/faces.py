@@ -58,6 +58,7 @@ class Layout:
         self._faces: list[tuple[dict[str, Any], str, Tensor]] = []
         self._dicts: list[tuple[Tensor, dict[str, Any]]] = []
         self._own: list[dict[str, Any]] = []
+        self._adopting: set[int] = set()  # parameters that bring state along
         self._workspaces: dict[tuple[torch.device, torch.dtype, str], Tensor] = {}
 
     def current(self, groups: Sequence[Group], state: ParamState, treat: Treat) -> Layout:
@@ -77,7 +78,7 @@ class Layout:
         self._follow_replaced(flat, state)
         self._signature = None  # if anything below raises, the next call tries again
         self._faces, self._dicts, self._own, self.buckets = [], [], [], []
-        self.params, self.treatments = [], []
+        self.params, self.treatments, self._adopting = [], [], set()
         seen: set[int] = set()
         for gi, g in enumerate(groups):
             for pi, p in enumerate(g["params"]):
@@ -90,6 +91,8 @@ class Layout:
         self.clock = torch.zeros(len(self.params))
         for i, p in enumerate(self.params):
             self._dicts.append((p, state[p]))
+            if "step" in state[p]:
+                self._adopting.add(i)
             self._own.append({})
             self._attach(i, None, "step", self.clock[i])
         for b in self.buckets:  # one bucket at a time: old stacks go when their last view is replaced
@@ -106,7 +109,7 @@ class Layout:
         if len(flat) != len(self._flat):
             return
         for old, new in zip(self._flat, flat, strict=True):
-            if old is not new and old in state and new not in state:
+            if old is not new and old.shape == new.shape and old in state and new not in state:
                 state[new] = state.pop(old)
 
     def _attach(self, index: int, tile: str | None, key: str, view: Tensor) -> None:
@@ -115,6 +118,12 @@ class Layout:
         if tile is not None:
             d, own = d.setdefault(tile, {}), own.setdefault(tile, {})
         held = d.get(key)
+        if held is None and index in self._adopting:
+            raise ValueError(
+                f"the state of the parameter of shape {tuple(self.params[index].shape)} has no {tile or key!r}, it has "
+                f"{', '.join(map(repr, d))}: it was made with other options (max_block_size and the like must stay as "
+                "they were once there is state)"
+            )
         if held is not None:
             held = torch.as_tensor(held)
             if held.shape != view.shape:
@@ -162,6 +171,26 @@ class Layout:
         """`(parameter, its entries in the stacks, nested by tile)` of all parameters that are laid out."""
         return list(zip(self.params, self._own, strict=True))
 
+    @classmethod
+    def ghost(cls, plan: Plan, groups: Sequence[Group], treat: Treat) -> Layout:
+        """The layout of these groups with fresh state on the meta device: shapes without memory.
+
+        Its groups, parameters and entries correspond one to one, in order, to those of a real layout.
+        """
+        real: dict[int, tuple[Tensor, Group, int, int]] = {}
+        known: dict[int, Tensor] = {}
+        ghosts = []
+        for gi, g in enumerate(groups):
+            for pi, p in enumerate(g["params"]):
+                if id(p) not in known and not is_lazy(p):
+                    known[id(p)] = torch.empty_like(p, device="meta").requires_grad_(p.requires_grad)
+                    real[id(known[id(p)])] = (p, g, gi, pi)
+            ghosts.append({**g, "params": [known[id(p)] for p in g["params"] if id(p) in known]})
+        layout = cls(plan)
+        layout.current(ghosts, defaultdict(dict), lambda p, g, gi, pi: treat(*real[id(p)]))
+        layout.params = [real[id(p)][0] for p in layout.params]
+        return layout
+
     def forget(self) -> None:
         """Look at `state` anew at the next call of `current`."""
         self._signature = None
@@ -205,7 +234,8 @@ def _couples_decay(hp: Group) -> bool:
 
 def _signature(groups: Sequence[Group]) -> tuple[Any, ...]:
     """What a layout depends on that can change between two steps."""
-    return tuple(
-        (_couples_decay(g), *((id(p), p.__class__, p.dtype, p.device, p.requires_grad) for p in g["params"]))
-        for g in groups
-    )
+    return tuple((_couples_decay(g), *map(_facts, g["params"])) for g in groups)
+
+
+def _facts(p: Tensor) -> tuple[Any, ...]:
+    return id(p), p.__class__, p.dtype, p.device, p.requires_grad, None if is_lazy(p) else p.stride()

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from secondorder.layout.buckets import Bucket, Part
-from secondorder.preconditioner.protocol import Modes
+from secondorder.preconditioner.protocol import Method, Modes
 
 
 @dataclass(frozen=True)
 class RefreshPart:
-    """Rows whose factors of `modes` are due; `initial` where it is their first refresh."""
+    """Rows whose factors of `modes` are due; `initial` where they are made anew instead of tracked."""
 
     part: Part
     modes: Modes
@@ -36,38 +36,38 @@ class Schedule:
     written: list[int] = field(default_factory=list)
 
 
-class _Unit(NamedTuple):
-    cost: float
-    parameter: int
-    at: tuple[int, ...]
-    mode: int
-    bucket: Bucket
-    row: int
-
-
 def assign_phases(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Spread the refresh units over their period by cost, dearest first, each to the call with the least work so far.
+    """Spread the refresh units over their period by cost: each to the call of the period with the least work so far.
 
-    The order of ties is the order of the parameters, so that phases depend neither on how blocks are bucketed nor on
-    how parameters are grouped (among groups of the same period).
+    Units come in the order of the parameters, so that phases depend neither on how blocks are bucketed nor on how
+    parameters are grouped (among groups of one period), and a group that comes late leaves those of the others alone.
     """
-    units: dict[int, list[_Unit]] = defaultdict(list)
+    units = []
     for b in buckets:
-        hp = groups[b.group]
         b.phases = {mode: [0] * b.rows for mode in b.modes}
         b.steady.clear()
-        if hp["refresh"] == "staggered":
+        if groups[b.group]["refresh"] == "staggered":
+            period = int(groups[b.group]["refresh_every"])
             for mode in b.modes:
                 cost = b.method.refresh_cost(b.shape, mode)
                 for r, piece in enumerate(b.pieces):
                     at = () if piece.region is None else tuple(cut.start for cut in piece.region)
-                    units[int(hp["refresh_every"])].append(_Unit(cost, piece.index, at, mode, b, r))
-    for period, members in units.items():
-        load = [0.0] * period
-        for unit in sorted(members, key=lambda u: (-u.cost, u.parameter, u.at, u.mode)):
-            phase = min(range(period), key=load.__getitem__)
-            load[phase] += unit.cost
-            unit.bucket.phases[unit.mode][unit.row] = phase
+                    units.append((piece.index, at, mode, period, cost, b, r))
+    loads: dict[int, list[float]] = {}
+    for _, _, mode, period, cost, b, r in sorted(units, key=lambda unit: unit[:3]):
+        load = loads.setdefault(period, [0.0] * period)
+        phase = min(range(period), key=load.__getitem__)
+        load[phase] += cost
+        b.phases[mode][r] = phase
+
+
+def last_refresh(method: Method, period: int, phase: int, t: int) -> int:
+    """The latest call up to `t` in which a unit of this phase was due; 0 where there is none yet."""
+    first, offset = method.first_refresh, int(method.first == "skip")  # a skipped first call is not counted
+    if t < first:
+        return 0
+    last = t - (t - offset - phase) % period
+    return last if last > first else first
 
 
 def plan_step(b: Bucket, hp: Mapping[str, Any], calls: Sequence[int], present: Sequence[bool]) -> Schedule:
@@ -82,18 +82,16 @@ def plan_step(b: Bucket, hp: Mapping[str, Any], calls: Sequence[int], present: S
     period, every = int(hp["refresh_every"]), int(hp["statistics_every"])
     times = {calls[piece.index] if present[piece.index] else None for piece in b.pieces}
     t = next(iter(times))
-    if len(times) != 1 or t is None or t <= b.method.first_refresh(hp) + period:
-        return _plan_rows(b, period, every, b.method.first_refresh(hp), calls, present)
-    # Every row does the same and all are past their first refresh: the schedule repeats, and is remembered.
+    if len(times) != 1 or t is None or t < b.method.first_refresh + 2 * period:
+        return _plan_rows(b, period, every, calls, present)
+    # Every row does the same, and the first periods are over: the schedule repeats, and is remembered.
     key = ((t - 1) % every == 0, t % period, period)
     if key not in b.steady:
-        b.steady[key] = _plan_rows(b, period, every, b.method.first_refresh(hp), calls, present)
+        b.steady[key] = _plan_rows(b, period, every, calls, present)
     return b.steady[key]
 
 
-def _plan_rows(
-    b: Bucket, period: int, every: int, start: int, calls: Sequence[int], present: Sequence[bool]
-) -> Schedule:
+def _plan_rows(b: Bucket, period: int, every: int, calls: Sequence[int], present: Sequence[bool]) -> Schedule:
     method, plan = b.method, Schedule()
     groups: dict[str, list[int]] = defaultdict(list)
     due: dict[tuple[bool, Modes, bool], list[int]] = defaultdict(list)
@@ -106,8 +104,9 @@ def _plan_rows(
             groups["apply"].append(r)
         if (t - 1) % every == 0:
             groups["early" if early else "late"].append(r)
-        for initial, modes in _due_modes(b, r, t, start, period).items():
-            due[early, modes, initial].append(r)
+        modes = tuple(i for i in b.modes if last_refresh(method, period, b.phases[i][r], t) == t)
+        if modes:
+            due[early, modes, _is_initial(method, period, t)].append(r)
     plan.apply, plan.written = b.parts(groups["apply"]), groups["apply"]
     plan.early, plan.late = b.parts(groups["early"]), b.parts(groups["late"])
     for (early, modes, initial), rows in due.items():
@@ -116,14 +115,10 @@ def _plan_rows(
     return plan
 
 
-def _due_modes(b: Bucket, r: int, t: int, start: int, period: int) -> dict[bool, Modes]:
-    """Modes of a row that are due at call `t`, by whether it is their first refresh."""
-    if t < start:
-        return {}
-    out: dict[bool, Modes] = {}
-    for mode in b.modes:
-        # A start at the very first call is the same for all phases: it stands in for the identity basis.
-        first = start if start == 1 else start + b.phases[mode][r]
-        if t == first or (t > first and (t - start - b.phases[mode][r]) % period == 0):
-            out[t == first] = (*out.get(t == first, ()), mode)
-    return out
+def _is_initial(method: Method, period: int, t: int) -> bool:
+    """Whether what a factor applies is made anew instead of tracked: in the first two periods.
+
+    The very first refresh had a single gradient to go by, or none that was usable: from there, tracking takes long.
+    """
+    again = method.first != "skip" and t < method.first_refresh + 2 * period - 1
+    return t == method.first_refresh or again

@@ -3,7 +3,7 @@
     C_i <- C_i + r (G_(i) G_(i)^T - C_i)          r: rate of the debiased average with decay `factor_beta`
     refresh "qr":    Q_i <- qr(C_i Q_i[:, π]).Q   π: Rayleigh quotients q_j^T C_i q_j, descending (one power iteration)
     refresh "eigh":  Q_i <- eigenvectors of C_i, descending
-    the first refresh of a mode is always an eigendecomposition; until then Q_i = I
+    the refreshes of the first calls are always eigendecompositions; before the first one Q_i = I
 
 SOAP (Vyas et al. 2024, arXiv:2409.11321), algorithms 3 and 4.
 """

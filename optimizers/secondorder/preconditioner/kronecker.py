@@ -129,10 +129,6 @@ class Kronecker(Method):
             X = self.factor.out(s, X, i)
         return X
 
-    def first_refresh(self, hp: Mapping[str, Any]) -> int:
-        """At once where the first gradient is given up for it, else when a whole period of gradients has been seen."""
-        return 1 if self.first == "skip" else int(hp["refresh_every"])
-
     def refresh_cost(self, shape: tuple[int, ...], mode: int) -> float:
         """See `Method`."""
         return self.factor.refresh_cost(shape[mode])

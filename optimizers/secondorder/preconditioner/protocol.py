@@ -53,7 +53,7 @@ class Context:
         seen_gate: `(n,)`, 1 where this gradient may enter statistics (its norm is in the usable range), else 0.
         count: `(n,)` updates taken, this one included once `apply` runs.
         seen: `(n,)` statistics absorbed, this one included once `observe` runs.
-        initial: In `refresh`: this is the first refresh of these (row, mode) units.
+        initial: In `refresh`: make anew what the factors apply, instead of tracking it from the last refresh.
         expand: Broadcasts a `(n,)` tensor over the rows of a stack (flat buckets store rows end to end, so that the way
             to broadcast is the bucket's).
     """
@@ -107,6 +107,8 @@ class Method:
         first: What a row's first gradient does: `"observe"` (then apply), `"apply"` (then observe), `"skip"` (only
             observe: no update, no decay).
         decay_after: Decoupled weight decay acts on the parameter after the step instead of before it.
+        first_refresh: The call (counted from 1) in which factors are refreshed for the first time; then every
+            `refresh_every` calls, each at its own phase.
         name: What `coverage()` calls it where it is the fallback.
         elementwise: No modes: rows may have any shape, and live end to end in a flat bucket.
     """
@@ -117,6 +119,7 @@ class Method:
     first: Literal["observe", "apply", "skip"] = "observe"
     decay_after: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
+    first_refresh: ClassVar[int] = 1
     name: ClassVar[str] = "method"
 
     def specs(self, shape: tuple[int, ...], modes: Modes, hp: Mapping[str, Any]) -> dict[str, Spec]:
@@ -135,10 +138,6 @@ class Method:
     def apply(self, s: State, moment: Tensor, x: Streams, c: Context) -> Tensor:
         """The update direction `(n, d1, ..., dk)` for `moment` (the gradient, or its momentum)."""
         raise NotImplementedError
-
-    def first_refresh(self, hp: Mapping[str, Any]) -> int:
-        """The call (counted from 1) at which a row's factors are refreshed for the first time."""
-        return int(hp["refresh_every"])
 
     def refresh_cost(self, shape: tuple[int, ...], mode: int) -> float:
         """Floating-point operations of refreshing one mode of one block; 0 where nothing is refreshed."""
