@@ -30,9 +30,10 @@ class SOAP(PreconditionedOptimizer):
         every refresh_every calls, for each mode:     Q_i <- qr(C_i Q_i[:, π]).Q,  π sorts by q^T C_i q
                                                       R = Q_new^T Q_old;  m <- R m;  v <- (R ∘ R) v
 
-    The gradient never chooses the basis on which it is projected: the first step is Adam's (`Q_i = I`), and the first
-    bases are the eigenvectors of that gradient's statistics, decomposed once more within the second period. Parameters
-    that are no matrices, embeddings and heads go to AdamW in the same optimizer; `coverage()` tells which, and why.
+    The gradient never chooses the basis on which it is projected: the first step is Adam's (`Q_i = I`). Refreshes are
+    spread over the period, so that each mode has its first basis within `refresh_every` calls; in the first two periods
+    it is an eigendecomposition. Parameters that are no matrices, embeddings and heads go to AdamW in the same
+    optimizer; `coverage()` tells which, and why.
 
     Source: Vyas et al., *SOAP: Improving and Stabilizing Shampoo using Adam* (2024, arXiv:2409.11321), algorithm 3.
     Deviations, all for speed or quality, each with the way back: Nesterov momentum and β1 = 0.9 (paper's code:

@@ -234,8 +234,11 @@ def _couples_decay(hp: Group) -> bool:
 
 def _signature(groups: Sequence[Group]) -> tuple[Any, ...]:
     """What a layout depends on that can change between two steps."""
-    return tuple((_couples_decay(g), *map(_facts, g["params"])) for g in groups)
+    return tuple(
+        (_couples_decay(g), g.get("refresh"), g.get("refresh_every"), *map(_facts, g["params"])) for g in groups
+    )
 
 
 def _facts(p: Tensor) -> tuple[Any, ...]:
-    return id(p), p.__class__, p.dtype, p.device, p.requires_grad, None if is_lazy(p) else p.stride()
+    layout = () if is_lazy(p) else (p.shape, p.stride())
+    return id(p), p.__class__, p.dtype, p.device, p.requires_grad, *layout

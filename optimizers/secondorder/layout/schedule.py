@@ -63,11 +63,9 @@ def assign_phases(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]
 
 def last_refresh(method: Method, period: int, phase: int, t: int) -> int:
     """The latest call up to `t` in which a unit of this phase was due; 0 where there is none yet."""
-    first, offset = method.first_refresh, int(method.first == "skip")  # a skipped first call is not counted
-    if t < first:
-        return 0
+    offset = int(method.first == "skip")  # a first call that only chooses the first factors is not counted
     last = t - (t - offset - phase) % period
-    return last if last > first else first
+    return max(last, offset)
 
 
 def plan_step(b: Bucket, hp: Mapping[str, Any], calls: Sequence[int], present: Sequence[bool]) -> Schedule:
@@ -82,7 +80,7 @@ def plan_step(b: Bucket, hp: Mapping[str, Any], calls: Sequence[int], present: S
     period, every = int(hp["refresh_every"]), int(hp["statistics_every"])
     times = {calls[piece.index] if present[piece.index] else None for piece in b.pieces}
     t = next(iter(times))
-    if len(times) != 1 or t is None or t < b.method.first_refresh + 2 * period:
+    if len(times) != 1 or t is None or t <= 2 * period + 1:
         return _plan_rows(b, period, every, calls, present)
     # Every row does the same, and the first periods are over: the schedule repeats, and is remembered.
     key = ((t - 1) % every == 0, t % period, period)
@@ -118,7 +116,7 @@ def _plan_rows(b: Bucket, period: int, every: int, calls: Sequence[int], present
 def _is_initial(method: Method, period: int, t: int) -> bool:
     """Whether what a factor applies is made anew instead of tracked: in the first two periods.
 
-    The very first refresh had a single gradient to go by, or none that was usable: from there, tracking takes long.
+    A unit's first refresh may have had a single gradient to go by, or none that was usable: from there, tracking would
+    take long.
     """
-    again = method.first != "skip" and t < method.first_refresh + 2 * period - 1
-    return t == method.first_refresh or again
+    return t == 1 if method.first == "skip" else t <= 2 * period

@@ -1,9 +1,14 @@
 """The eigenbasis factor: an averaged covariance per mode and the orthogonal basis that tracks its eigenvectors.
 
     C_i <- C_i + r (G_(i) G_(i)^T - C_i)          r: rate of the debiased average with decay `factor_beta`
-    refresh "qr":    Q_i <- qr(C_i Q_i[:, π]).Q   π: Rayleigh quotients q_j^T C_i q_j, descending (one power iteration)
-    refresh "eigh":  Q_i <- eigenvectors of C_i, descending
-    the refreshes of the first calls are always eigendecompositions; before the first one Q_i = I
+    refresh "qr":    Q_i <- qr(C'_i Q_i[:, π]).Q  π: Rayleigh quotients q_j^T C'_i q_j, descending (one power iteration)
+    refresh "eigh":  Q_i <- eigenvectors of C'_i, descending
+    C'_i = C_i + tie_break · tr(C_i)/d · diag(1, 1 - 1/d, ..., 1/d)
+
+In the first two periods refreshes are always eigendecompositions; before the first one `Q_i = I`. A factor of few
+gradients is rank deficient. Its null space has no eigenvectors of its own, and what LAPACK makes up for it hangs on the
+last bit of the sums, while Adam in that basis does not: trajectories of the same data would part. The graded diagonal
+settles the tie for directions close to the parameter's own axes.
 
 SOAP (Vyas et al. 2024, arXiv:2409.11321), algorithms 3 and 4.
 """
@@ -26,7 +31,14 @@ from secondorder_kernels import ema_syrk_
 
 @dataclass(frozen=True)
 class EigenBasis:
-    """Covariance and eigenbasis of every mode, `covariance_i (d, d)` and `basis_i (d, d)` (eigenvectors in columns)."""
+    """Covariance and eigenbasis of every mode, `covariance_i (d, d)` and `basis_i (d, d)` (eigenvectors in columns).
+
+    Attributes:
+        tie_break: Weight of the graded diagonal, relative to the mean eigenvalue; far below what matters, far above
+            the rounding of float64.
+    """
+
+    tie_break: float = 1e-6
 
     def specs(self, shape: tuple[int, ...], modes: Modes, hp: Mapping[str, Any]) -> dict[str, Spec]:
         """See `Factor`."""
@@ -58,7 +70,7 @@ class EigenBasis:
 
     def decompose(self, s: State, mode: int, c: Context) -> tuple[Tensor, Tensor | None, Tensor]:
         """`(basis (n, d, d), order of the old columns or None, ok (n,))`."""
-        covariance, basis = s[f"covariance_{mode}"], s[f"basis_{mode}"]
+        covariance, basis = self._graded(s[f"covariance_{mode}"]), s[f"basis_{mode}"]
         if c.initial or c.hp["refresh_by"] == "eigh":
             _, new, ok = linalg.eigh(covariance)
             return new, None, ok
@@ -66,6 +78,12 @@ class EigenBasis:
         order = (basis * product).sum(-2).argsort(dim=-1, descending=True)
         new, ok = linalg.orthogonalize(torch.gather(product, 2, order[:, None].expand_as(product)))
         return new, order, ok
+
+    def _graded(self, covariance: Tensor) -> Tensor:
+        d = covariance.shape[-1]
+        diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+        grades = torch.arange(d, 0, -1, dtype=covariance.dtype, device=covariance.device) / d
+        return covariance + torch.diag_embed(self.tie_break * diagonal.mean(-1, keepdim=True) * grades)
 
     def refresh_cost(self, d: int) -> float:
         """A product, a QR (about 4/3 products at a third of their speed) and the rotation `Q_new^T Q_old`."""

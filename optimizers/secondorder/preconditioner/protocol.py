@@ -107,8 +107,6 @@ class Method:
         first: What a row's first gradient does: `"observe"` (then apply), `"apply"` (then observe), `"skip"` (only
             observe: no update, no decay).
         decay_after: Decoupled weight decay acts on the parameter after the step instead of before it.
-        first_refresh: The call (counted from 1) in which factors are refreshed for the first time; then every
-            `refresh_every` calls, each at its own phase.
         name: What `coverage()` calls it where it is the fallback.
         elementwise: No modes: rows may have any shape, and live end to end in a flat bucket.
     """
@@ -119,7 +117,6 @@ class Method:
     first: Literal["observe", "apply", "skip"] = "observe"
     decay_after: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
-    first_refresh: ClassVar[int] = 1
     name: ClassVar[str] = "method"
 
     def specs(self, shape: tuple[int, ...], modes: Modes, hp: Mapping[str, Any]) -> dict[str, Spec]:
