@@ -1,0 +1,284 @@
+"""Train a model with one of the suite's optimizers, and others beside it for comparison.
+
+    python recipes/train.py --config configs/lm_tiny.yaml
+    torchrun --standalone --nproc-per-node 2 recipes/train.py --config configs/lm_tiny.yaml --compare adamw,torch.muon
+
+Every optimizer starts from the same weights and sees the same batches in the same order, one after the other. The run
+folder then holds the config, the metrics, a checkpoint for each, and curves.png (see runfolder.py). `--help` lists
+everything that can be set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import command
+import curves
+import optimizer
+import results
+import runfolder
+import schedule
+import tasks
+import world as processes
+from config import Config, Spec
+from errors import RecipeError
+from progress import Progress, Stopwatch
+from tracking import Tracker
+from world import World
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 if it trained, 2 if it was given bad input, 130 if it was interrupted."""
+    try:
+        arguments = command.parse(sys.argv[1:] if argv is None else argv)
+        if arguments.help:
+            say(command.help_text(arguments))
+            return 0
+        grid = [(point, command.resolve(changed)) for point, changed in command.points(arguments)]
+        with processes.join(grid[0][1].device) as world:
+            trained = [run(config, world, point, arguments.resume) for point, config in grid]
+        if len(grid) > 1:
+            summarise_sweep([point for point, _ in grid], trained)
+    except (RecipeError, OSError) as error:
+        return refuse(f"error: {error}")
+    except KeyboardInterrupt:
+        say("interrupted; --resume with the run folder continues from its last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print on the main process."""
+    if processes.rank() == 0:
+        print(text, file=file, flush=True)
+
+
+def refuse(line: str) -> int:
+    """Say on the main process what is wrong."""
+    say(line, file=sys.stderr)
+    if processes.rank() > 0:
+        time.sleep(5)  # torchrun ends all processes when the first one fails: let that be the one that explains
+    return 2
+
+
+def run(config: Config, world: World, point: dict[str, str], resume: Path | None) -> list[results.Result]:
+    """Train all optimizers of a config in one run folder, then draw and summarise them."""
+    share = world.size * config.train.accumulation
+    if config.train.batch_size % share:
+        raise RecipeError(
+            f"train.batch_size={config.train.batch_size} is not divisible by {world.size} processes "
+            f"x {config.train.accumulation} accumulation steps"
+        )
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    task = tasks.load(config.task).Task(config.data, config.model, config.seed)
+    folder = resume or Path()
+    if world.is_main:
+        folder = resume or runfolder.create(config.out, config.task, config.name)
+        facts = {"data": task.summary, "data_sha256": task.fingerprint, "device": device_name(world), "sweep": point}
+        if resume and runfolder.data_hash(folder) != task.fingerprint:
+            raise RecipeError(f"--resume: the data is not what {str(folder)!r} was trained on; was: see its run.json")
+        runfolder.write_description(folder, command.as_dict(config), facts)
+        say(f"{task.summary}\n{device_name(world)}, {world.size} processes; run folder {folder}")
+    folder = world.gather(folder)[0]
+    for number, spec in enumerate(config.optimizers, 1):
+        train(config, spec, task, world, folder / spec.name, f"[{number}/{len(config.optimizers)}] {spec.name}")
+    trained = [results.read(folder, spec.name) for spec in config.optimizers]
+    if world.is_main:
+        rates = [f"{spec.name} (lr {spec.arguments.get('lr', 'default')})" for spec in config.optimizers]
+        picture = curves.draw(trained, f"{config.name}: {', '.join(rates)}", folder / "curves.png")
+        runfolder.write_text(folder / "results.txt", f"{results.table(trained)}\n{results.verdict(trained)}\n")
+        say(f"\n{results.table(trained)}\n{results.verdict(trained)}\ncurves: {picture}")
+    world.barrier()
+    return trained
+
+
+def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, label: str) -> None:
+    """Train one optimizer from its last checkpoint, or from the start, to the last step."""
+    steps = config.train.steps
+    torch.manual_seed(config.seed)  # the same weights for every optimizer
+    model = task.build_model().to(world.device)
+    opt = optimizer.build(spec, model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule.factor(config.schedule, steps))
+    seed_everything(config.seed + 1 + world.rank)  # dropout differs between the processes
+    watch = Stopwatch(world.device)
+    start = restore(folder / "checkpoint.pt", model, opt, scheduler, watch, world)
+    if start >= steps:
+        return
+    tracker = None
+    if world.is_main:
+        folder.mkdir(exist_ok=True)
+        runfolder.forget_after(folder / "metrics.jsonl", start or -1)
+        describe(opt, folder)
+        tracker = Tracker(config.log, folder, f"{config.name}-{spec.name}", command.as_dict(config))
+    wrapped = world.wrap(model)
+    units = task.units_per_sample * config.train.batch_size
+    progress = Progress(label, steps, start, task.samples_unit, units, silent=not world.is_main)
+    logged = start
+
+    def record(step: int, values: dict[str, Any]) -> None:
+        if tracker and values:
+            line = {"step": step, "seconds": watch.seconds(), **values}
+            runfolder.append_metrics(folder / "metrics.jsonl", line)
+            tracker.log(line)
+
+    if start == 0:
+        record(0, {"val/loss": evaluate(model, task, config, world)})
+    for step in range(start, steps):
+        watch.mark("")
+        batches = microbatches(task, step, config, world)
+        watch.mark("data")
+        loss = forward_backward(wrapped, task, batches, config, world)
+        watch.mark("forward_backward")
+        norm = clip_gradient(model, config.train.clip)
+        lr = float(opt.param_groups[0]["lr"])
+        opt.step()
+        opt.zero_grad()
+        scheduler.step()
+        watch.mark("optimizer")
+
+        done, last = step + 1, step + 1 == steps
+        values: dict[str, Any] = {}
+        if done % config.log.every == 0 or last:
+            milliseconds = {f"time/{k}_ms": 1e3 * v / (done - logged) for k, v in watch.split().items()}
+            logged = done
+            values = {"train/loss": world.mean(loss), "train/lr": lr, "train/grad_norm": float(norm), **milliseconds}
+            values |= {f"train/{task.samples_unit}": units * done, "optimizer/state_bytes": optimizer.state_bytes(opt)}
+            values |= {f"optimizer/{key}": value for key, value in getattr(opt, "diagnostics", dict)().items()}
+            progress.show(done, f"loss {values['train/loss']:.4f}  lr {lr:.2e}")
+        diverged = not math.isfinite(values.get("train/loss", 0.0))
+        if done % config.eval.every == 0 or last or diverged:
+            values["val/loss"] = math.nan if diverged else evaluate(model, task, config, world)
+        record(done, values)
+        if diverged:
+            say(f"{label}: the loss is not finite after step {done}; stopped", file=sys.stderr)
+            break
+        if done % config.log.checkpoint_every == 0 or last:
+            save(folder / "checkpoint.pt", done, model, opt, scheduler, watch, world, config)
+    if tracker:
+        tracker.finish()
+
+
+def microbatches(task: Any, step: int, config: Config, world: World) -> list[tuple[Tensor, ...]]:
+    """This process's part of the step's global batch, one batch per accumulation step."""
+    count = config.train.batch_size // (world.size * config.train.accumulation)
+    first = world.rank * config.train.accumulation * count
+    parts = range(config.train.accumulation)
+    return [move(task.batch(step, first + part * count, count), world.device) for part in parts]
+
+
+def move(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """A batch on the device."""
+    return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+
+
+def autocast(config: Config, world: World) -> torch.autocast:
+    """bfloat16 products in the forward pass, if the config wants them."""
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16")
+
+
+def forward_backward(
+    model: nn.Module, task: Any, batches: list[tuple[Tensor, ...]], config: Config, world: World
+) -> Tensor:
+    """Add the gradient of the mean loss over all batches; returns that loss, of this process."""
+    total = torch.zeros((), device=world.device)
+    for number, batch in enumerate(batches, 1):
+        with contextlib.nullcontext() if number == len(batches) else world.gradients_stay(model):
+            with autocast(config, world):
+                loss = task.loss(model, batch) / len(batches)
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def clip_gradient(model: nn.Module, largest: float) -> Tensor:
+    """Scale the gradient down to the norm `largest` (0: leave it); returns the norm it had."""
+    if largest:
+        return nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Any, config: Config, world: World) -> float:
+    """Validation loss, on the same samples at every call and for every number of processes."""
+    count = config.train.batch_size // (world.size * config.train.accumulation)
+    parts = config.eval.batches * config.train.accumulation
+    total = config.eval.batches * config.train.batch_size
+    model.eval()
+    loss = torch.zeros((), device=world.device)
+    for part in range(parts):
+        batch = move(task.validation((world.rank * parts + part) * count, count, total), world.device)
+        with autocast(config, world):
+            loss += task.loss(model, batch) / parts
+    model.train()
+    return world.mean(loss)
+
+
+def save(
+    path: Path, step: int, model: nn.Module, opt: Any, scheduler: Any, watch: Stopwatch, world: World, config: Config
+) -> None:
+    """Write everything that the next step depends on. The data's position is the step."""
+    states = world.gather(runfolder.random_state())
+    if world.is_main:
+        content = {"step": step, "seconds": watch.seconds(), "random": states, "config": command.as_dict(config)}
+        parts = {"model": model.state_dict(), "optimizer": opt.state_dict(), "scheduler": scheduler.state_dict()}
+        runfolder.save_checkpoint(path, {**content, **parts})
+
+
+def restore(path: Path, model: nn.Module, opt: Any, scheduler: Any, watch: Stopwatch, world: World) -> int:
+    """Bring back what `save` wrote; returns the number of steps taken, 0 where there is no checkpoint."""
+    if not path.exists():
+        return 0
+    content = runfolder.load_checkpoint(path)
+    model.load_state_dict(content["model"])
+    opt.load_state_dict(content["optimizer"])
+    scheduler.load_state_dict(content["scheduler"])
+    watch.total = content["seconds"]
+    if len(content["random"]) == world.size:
+        runfolder.set_random_state(content["random"][world.rank])
+    else:
+        say(f"{path}: written by {len(content['random'])} processes; dropout will not repeat what it was", sys.stderr)
+    return int(content["step"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def device_name(world: World) -> str:
+    """What the run runs on."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"CPU with {torch.get_num_threads()} threads"
+
+
+def describe(opt: Any, folder: Path) -> None:
+    """Write down which parameter is treated how, where the optimizer can tell."""
+    if hasattr(opt, "coverage"):
+        runfolder.write_text(folder / "coverage.txt", f"{opt.coverage()}\n\n{opt.memory_report()}\n")
+
+
+def summarise_sweep(points: list[dict[str, str]], trained: list[list[results.Result]]) -> None:
+    """One line per point of the grid, the best first."""
+    rows = sorted(zip(points, trained, strict=True), key=lambda row: (math.isnan(loss := row[1][0].final_loss), loss))
+    for point, result in rows:
+        setting = ", ".join(f"{key}={value}" for key, value in point.items())
+        say(f"{result[0].final_loss:.4f}  {result[0].name}  {setting}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
