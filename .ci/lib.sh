@@ -57,8 +57,12 @@ install() {
 }
 
 # FSDP2 cases are left out: sharded (DTensor) parameters are refused with a TypeError until sharding is built.
+# Those that start processes get a second try: gloo was seen to abort while a process exits, once in some twenty runs.
 cases() {
-  CASES_OPTIMIZERS=all PYTHONDONTWRITEBYTECODE=1 "$python" -m pytest -q -p no:cacheprovider ../shared/cases/open -k "not fsdp2"
+  local run=("$python" -m pytest -q -p no:cacheprovider ../shared/cases/open)
+  export CASES_OPTIMIZERS=all PYTHONDONTWRITEBYTECODE=1
+  "${run[@]}" -m "not dist" -k "not fsdp2"
+  "${run[@]}" -m dist -k "not fsdp2" || "${run[@]}" -m dist -k "not fsdp2"
 }
 
 golden() { GOLDEN_DIR=../shared/golden "$python" -m pytest tests/test_golden.py; }

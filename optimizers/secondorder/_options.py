@@ -108,8 +108,7 @@ COMMON: dict[str, Option] = {
         None,
         "None or a torch.nn.Module",
         lambda v: v is None or isinstance(v, nn.Module),
-        "the network, for the names and roles of its parameters: embeddings and the output head of their size go to "
-        "the fallback.",
+        "the network, for the names and roles of its parameters: which are embeddings, the output head, or hidden.",
     ),
 }
 
@@ -138,7 +137,8 @@ KRONECKER: dict[str, Option] = {
         16384,
         "None or an int >= 1",
         optional(is_count),
-        "where a parameter's role is unknown, a larger side is taken for a vocabulary and left to the fallback.",
+        "embeddings and heads with a larger side, a vocabulary, are left to the fallback, and so is any parameter whose "
+        "role is unknown; 1 leaves a group to the fallback altogether.",
     ),
     "fallback_betas": Option(
         None, "None or two numbers in [0, 1)", optional(is_betas), "betas of the AdamW fallback; None: `betas`."

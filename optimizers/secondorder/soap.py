@@ -32,7 +32,7 @@ class SOAP(PreconditionedOptimizer):
 
     The gradient never chooses the basis on which it is projected: the first step is Adam's (`Q_i = I`). Refreshes are
     spread over the period, so that each mode has its first basis within `refresh_every` calls; in the first two periods
-    it is an eigendecomposition. Parameters that are no matrices, embeddings and heads go to AdamW in the same
+    it is an eigendecomposition. Parameters that are no matrices, and large vocabularies, go to AdamW in the same
     optimizer; `coverage()` tells which, and why.
 
     Source: Vyas et al., *SOAP: Improving and Stabilizing Shampoo using Adam* (2024, arXiv:2409.11321), algorithm 3.

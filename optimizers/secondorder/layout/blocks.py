@@ -73,7 +73,7 @@ def matrix_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | Non
     Args:
         shape: The parameter's shape.
         hp: Options of its group: `max_block_size`, `one_sided_aspect`, `max_precond_dim`.
-        role: `"embedding"`, `"head"`, `"hidden"`, or None where nobody said.
+        role: `"embedding"`, `"head"`, `"hidden"`, or None where nobody said; hidden layers may be of any width.
 
     Returns:
         The treatment. Size-1 axes are dropped and all axes after the first are merged (a convolution becomes
@@ -83,12 +83,11 @@ def matrix_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | Non
     sides = tuple(d for d in shape if d != 1)
     if len(sides) < 2 or 0 in sides:
         return whole(shape, "a vector or a scalar has no second mode" if 0 not in sides else "empty")
-    if role in ("embedding", "head"):
-        return whole(shape, f"role {role!r}: one side is a vocabulary")
     rows, columns = sides[0], math.prod(sides[1:])
     limit = hp["max_precond_dim"]
-    if role is None and limit is not None and max(rows, columns) > limit:
-        return whole(shape, f"a side of {max(rows, columns)} exceeds max_precond_dim={limit}: taken for a vocabulary")
+    if role != "hidden" and limit is not None and max(rows, columns) > limit:
+        what = "taken for a vocabulary" if role is None else f"a vocabulary (role {role!r})"
+        return whole(shape, f"a side of {max(rows, columns)} exceeds max_precond_dim={limit}: {what}")
     size, aspect = hp["max_block_size"], hp["one_sided_aspect"]
     modes: tuple[int, ...] = (0, 1)
     if aspect is not None and max(rows, columns) >= aspect * min(rows, columns):

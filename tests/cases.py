@@ -1,0 +1,123 @@
+"""The public optimizers under test: a new class adds one line to `OPTIMIZERS`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secondorder
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class and the arguments with which the contract is tested: small refresh periods, so that refreshes happen."""
+
+    cls: type[torch.optim.Optimizer]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, params: Any, **more: Any) -> Any:
+        return self.cls(params, **{**self.kwargs, **more})
+
+    def takes(self, option: str) -> bool:
+        return option in self.cls.shared_options or option in self.cls.own_options
+
+
+OPTIMIZERS = [
+    Case(secondorder.SOAP, dict(lr=0.01, refresh_every=3)),
+    Case(secondorder.AdamW, dict(lr=0.01)),
+]
+
+
+def variants(**named: dict[str, Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by `case` and `options`: every class with those of the named options that it takes."""
+    pairs = [
+        pytest.param(case, options, id=f"{case.cls.__name__}-{name}")
+        for case in OPTIMIZERS
+        for name, options in named.items()
+        if all(case.takes(key) for key in options)
+    ]
+    return pytest.mark.parametrize(("case", "options"), pairs)
+
+
+def classes_with(option: str) -> pytest.MarkDecorator:
+    """Parametrise a test by `case`: every class that has the option."""
+    chosen = [case for case in OPTIMIZERS if case.takes(option)]
+    return pytest.mark.parametrize("case", chosen, ids=[case.cls.__name__ for case in chosen])
+
+
+# A matrix, a bias, a wide matrix (one-sided), a convolution, a scalar, a size-1 axis, the first matrix's shape again.
+SHAPES = [(6, 5), (6,), (3, 14), (4, 3, 2, 2), (), (1, 5), (6, 5)]
+
+
+def parameters(shapes: Iterable[tuple[int, ...]] = SHAPES, *, seed: int = 0, dtype=torch.float32) -> list[nn.Parameter]:
+    """Fresh parameters with values that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def gradient(shape: tuple[int, ...], step: int, index: int = 0, dtype=torch.float32) -> Tensor:
+    """The gradient of parameter `index` at a step: a fixed mean and noise, independent of everything else."""
+
+    def normal(seed: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    return (0.3 * normal(7919 * (index + 1)) + normal(104729 * (index + 1) + step)).to(dtype)
+
+
+def feed(params: Iterable[Tensor], step: int) -> None:
+    """Give every parameter its gradient of a step."""
+    for index, p in enumerate(params):
+        p.grad = gradient(tuple(p.shape), step, index, p.dtype).to(p.device)
+
+
+def train(
+    optimizer: torch.optim.Optimizer,
+    params: list[nn.Parameter],
+    steps: Iterable[int],
+    before: Callable[[int], None] | None = None,
+) -> None:
+    """Steps on the fixed sequence of gradients; `before` is called between the gradients and each step."""
+    for step in steps:
+        feed(params, step)
+        if before is not None:
+            before(step)
+        optimizer.step()
+
+
+def values(params: Iterable[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of all state tensors by `position/key/...`."""
+    out: dict[str, Tensor] = {}
+
+    def visit(prefix: str, entry: dict[str, Any]) -> None:
+        for key, value in entry.items():
+            if isinstance(value, dict):
+                visit(f"{prefix}/{key}", value)
+            else:
+                out[f"{prefix}/{key}"] = torch.as_tensor(value).detach().clone()
+
+    for index, entry in optimizer.state_dict()["state"].items():
+        visit(str(index), entry)
+    return out
+
+
+def assert_same_bits(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
+    ours, theirs = list(ours), list(theirs)
+    assert len(ours) == len(theirs)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape, f"item {i}: {a.dtype} {a.shape}, {b.dtype} {b.shape}"
+        assert torch.equal(a, b), f"item {i}: differs by up to {(a - b).abs().max()}"
+
+
+def assert_same_state(ours: dict[str, Tensor], theirs: dict[str, Tensor], but: str = "") -> None:
+    """All entries equal bitwise, those whose key is `but` left out."""
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        if key.rpartition("/")[2] != but:
+            assert torch.equal(value, theirs[key]), key

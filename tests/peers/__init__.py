@@ -1,0 +1,1 @@
+"""Reference implementations of others, quirks included, as rows built from our vocabulary."""
