@@ -137,8 +137,8 @@ KRONECKER: dict[str, Option] = {
         16384,
         "None or an int >= 1",
         optional(is_count),
-        "embeddings and heads with a larger side, a vocabulary, are left to the fallback, and so is any parameter whose "
-        "role is unknown; 1 leaves a group to the fallback altogether.",
+        "embeddings and heads with a larger side, a vocabulary, are left to the fallback, and so is any parameter of "
+        "unknown role; 1 leaves a group to the fallback altogether.",
     ),
     "fallback_betas": Option(
         None, "None or two numbers in [0, 1)", optional(is_betas), "betas of the AdamW fallback; None: `betas`."
