@@ -42,7 +42,7 @@ class SOAP(PreconditionedOptimizer):
     transported instead of permuted; no first step lost to the first decomposition (`first="skip"`); decay before the
     step, as in AdamW; eps acts on the bias-corrected `v`.
 
-    The best learning rate is near three times AdamW's on small models; AdamW's own is a safe start.
+    The best learning rate is 3 to 10 times AdamW's on small models; AdamW's own is a safe start.
 
     Args:
         params: Parameters, dicts of parameter groups, or `(name, parameter)` pairs.
