@@ -6,9 +6,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from secondorder.base import PreconditionedOptimizer
+from secondorder.curvature.gradient import GradientStatistic
 from secondorder.layout.blocks import Treatment
+from secondorder.preconditioner.adam import AdamInBasis
+from secondorder.preconditioner.eigenbasis import EigenBasis
 from secondorder.preconditioner.elementwise import AdamWMethod
-from secondorder.preconditioner.protocol import Method
+from secondorder.preconditioner.kronecker import Kronecker
+from secondorder.preconditioner.protocol import Method, Spec, put_
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Identity(Method):
     momentum: Any = "none"
     name: ClassVar[str] = "SGD"
 
-    def specs(self, shape, modes, hp):
+    def specs(self, shape, modes, hp, diagonal=()):
         return {}
 
     def apply(self, s, moment, x, c) -> Tensor:
@@ -30,6 +34,28 @@ class FlatIdentity(Identity):
     """The same, end to end in a flat bucket."""
 
     elementwise = True
+
+
+@dataclass(frozen=True)
+class Anchored(Identity):
+    """Remembers a block's first usable gradient, from `begin`."""
+
+    def specs(self, shape, modes, hp):
+        return {"anchor": Spec(shape)}
+
+    def begin(self, s, x, c):
+        put_(s["anchor"], x["grad"], c.gate, c)
+
+
+class ObservingSOAP(PreconditionedOptimizer):
+    """SOAP in the other order: the basis has seen the gradient that it is applied to."""
+
+    def __init__(self, params, lr, betas, *, eps, weight_decay, **options):
+        own = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, factor_beta=None, refresh_by="qr")
+        super().__init__(params, own, options)
+
+    def _method(self, group):
+        return Kronecker(GradientStatistic(), EigenBasis(), AdamInBasis())
 
 
 class SGD(PreconditionedOptimizer):

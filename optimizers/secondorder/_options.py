@@ -35,18 +35,23 @@ class CommonOptions(TypedDict, total=False):
     module: nn.Module | None
 
 
-class KroneckerOptions(CommonOptions, total=False):
-    """Options of every Kronecker-factored optimizer (see `KRONECKER`)."""
+class BlockOptions(CommonOptions, total=False):
+    """Options of every optimizer that works on blocks (see `BLOCKS`)."""
 
     nesterov: bool
-    refresh_every: int
-    refresh: Literal["staggered", "together"]
     statistics_every: int
     max_block_size: int | None
     one_sided_aspect: float | None
     max_precond_dim: int | None
     fallback_betas: tuple[float, float] | None
     fallback_lr_scale: float
+
+
+class KroneckerOptions(BlockOptions, total=False):
+    """Options of every optimizer with factors that are refreshed (see `KRONECKER`)."""
+
+    refresh_every: int
+    refresh: Literal["staggered", "together"]
 
 
 def is_number(v: Any) -> bool:
@@ -112,14 +117,8 @@ COMMON: dict[str, Option] = {
     ),
 }
 
-KRONECKER: dict[str, Option] = {
+BLOCKS: dict[str, Option] = {
     "nesterov": Option(True, "True or False", is_bool, "look ahead by one gradient in the momentum."),
-    "refresh_every": Option(10, "an int >= 1", is_count, "calls between two refreshes of a factor."),
-    "refresh": Option(
-        "staggered",
-        *one_of("staggered", "together"),
-        "spread refreshes evenly over the calls of a period, or do all of them in one call.",
-    ),
     "statistics_every": Option(1, "an int >= 1", is_count, "calls between two statistics."),
     "max_block_size": Option(
         512,
@@ -147,6 +146,16 @@ KRONECKER: dict[str, Option] = {
         1.0, "a number >= 0", lambda v: is_number(v) and v >= 0, "learning rate of the fallback, relative to `lr`."
     ),
     **COMMON,
+}
+
+KRONECKER: dict[str, Option] = {
+    "refresh_every": Option(10, "an int >= 1", is_count, "calls between two refreshes of a factor."),
+    "refresh": Option(
+        "staggered",
+        *one_of("staggered", "together"),
+        "spread refreshes evenly over the calls of a period, or do all of them in one call.",
+    ),
+    **BLOCKS,
 }
 
 # Keys that others put into groups: torch's own implementation switches (some trainers set them everywhere), schedulers.

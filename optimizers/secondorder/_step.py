@@ -2,6 +2,7 @@
 
     stage    streams into the workspaces; L2 decay
     begin    rows with their first usable gradient
+    screen   gradients judged by the factors as they are
     early    statistics and refreshes of rows that observe before they apply
     apply    momentum, direction, coupled decay, update clip
     late     statistics and refreshes of rows that apply before they observe
@@ -91,6 +92,14 @@ def _advance(b: Bucket, flags: Flags, hp: Group, calls: Sequence[int]) -> list[i
         for rows in parts(schedule.apply):
             rows.c.gate = rows.c.gate * (rows.s["count"] == 0)
             method.begin(rows.s, rows.x, rows.c)
+    if type(method).screen is not Method.screen:
+        for rows in parts(schedule.apply):
+            screened = method.screen(rows.s, rows.x, rows.c)
+            if screened is not None:
+                for name, value in screened[0].items():
+                    x[name][rows.part] = value
+                for flag in (gate, seen_gate):
+                    flag[rows.part] *= screened[1].to(flag.dtype)
     observe(schedule.early)
     refresh(schedule.early_refresh)
     for rows in parts(schedule.apply):
@@ -117,7 +126,7 @@ class _Rows:
     ) -> None:
         self.b, self.part, self.s = b, part, s
         self.x = {name: work[part] for name, work in b.work.items() if name != "update"}
-        self.c = Context(hp, modes, gate[part], seen_gate[part], s["count"], s["seen"], initial)
+        self.c = Context(hp, modes, gate[part], seen_gate[part], s["count"], s["seen"], initial, b.diagonal)
 
     def put_update(self, update: Tensor) -> None:
         """Leave the rows' update in the workspace."""

@@ -24,9 +24,10 @@ class Treatment:
     Attributes:
         view: Shape that the parameter is viewed as (a convolution as `(out, in·kh·kw)`).
         cuts: For each axis of `view`, the sizes of the pieces that it is cut into.
-        modes: Axes of a block that carry a factor; empty where nothing is preconditioned.
+        modes: Axes of a block that carry a dense factor; empty where nothing is preconditioned.
         reason: One line for `coverage()`.
         fallback: True where the parameter is left to the fallback method.
+        diagonal: Axes of a block that carry a diagonal factor.
     """
 
     view: tuple[int, ...]
@@ -34,6 +35,7 @@ class Treatment:
     modes: tuple[int, ...]
     reason: str
     fallback: bool = False
+    diagonal: tuple[int, ...] = ()
 
     @property
     def split(self) -> bool:

@@ -77,7 +77,8 @@ class BaseBucket:
         group: Index of the parameter group.
         method: The row of the table that works here.
         fallback: Whether it is the group's fallback.
-        modes: Axes with a factor.
+        modes: Axes with a dense factor.
+        diagonal: Axes with a diagonal factor.
         param_dtype: Dtype of the parameters.
         dtype: Dtype of state and products.
         device: Where.
@@ -92,6 +93,7 @@ class BaseBucket:
     method: Method
     fallback: bool
     modes: Modes
+    diagonal: Modes
     param_dtype: torch.dtype
     device: torch.device
     pieces: list[Piece] = field(default_factory=list)
@@ -173,7 +175,7 @@ class Bucket(BaseBucket):
     def specs(self, hp: Mapping[str, Any]) -> dict[str, Spec]:
         """See `BaseBucket`."""
         momentum = {} if self.method.momentum == "none" else {"momentum": Spec(self.shape)}
-        return {**self.method.specs(self.shape, self.modes, hp), **momentum}
+        return {**self.method.specs(self.shape, self.modes, hp, self.diagonal), **momentum}
 
     def allocate(self, hp: Mapping[str, Any]) -> None:
         """See `BaseBucket`."""

@@ -145,13 +145,13 @@ class Layout:
                 fusible = p.is_contiguous() and p.dtype == factor_dtype(p.dtype)
                 rows = flat[kind, where, fusible]
                 if not rows or rows[-1].numel + p.numel() > _FLAT_LIMIT:
-                    rows.append(FlatBucket(*kind, (), *where, fusible=fusible))
+                    rows.append(FlatBucket(*kind, (), (), *where, fusible=fusible))
                 rows[-1].pieces.extend(cut_pieces(i, p, treatment))
                 continue
             for piece in self.plan.own(cut_pieces(i, p, treatment)):
-                key = (kind, treatment.modes, where, piece.block)
+                key = (kind, treatment.modes, treatment.diagonal, where, piece.block)
                 if key not in stacked:
-                    stacked[key] = Bucket(*kind, treatment.modes, *where, shape=piece.block)
+                    stacked[key] = Bucket(*kind, treatment.modes, treatment.diagonal, *where, shape=piece.block)
                 stacked[key].pieces.append(piece)
         return [*stacked.values(), *(b for rows in flat.values() for b in rows)]
 
@@ -224,8 +224,9 @@ class Layout:
 
 
 def streams(b: BaseBucket, hp: Group) -> tuple[str, ...]:
-    """Workspaces that a bucket needs: gradient, update, and the parameter where decay or method reads it."""
-    return ("grad", "update", "param") if "param" in b.method.streams or _couples_decay(hp) else ("grad", "update")
+    """Workspaces of a bucket: gradient, update, the method's own, the parameter where decay or method reads it."""
+    reads = "param" in b.method.streams or _couples_decay(hp)
+    return ("grad", "update", *b.method.works, *(("param",) if reads else ()))
 
 
 def _couples_decay(hp: Group) -> bool:

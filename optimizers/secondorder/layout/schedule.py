@@ -46,7 +46,7 @@ def assign_phases(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]
     for b in buckets:
         b.phases = {mode: [0] * b.rows for mode in b.modes}
         b.steady.clear()
-        if groups[b.group]["refresh"] == "staggered":
+        if groups[b.group].get("refresh") == "staggered":
             period = int(groups[b.group]["refresh_every"])
             for mode in b.modes:
                 cost = b.method.refresh_cost(b.shape, mode)
@@ -65,7 +65,7 @@ def last_refresh(method: Method, period: int, phase: int, t: int) -> int:
     """The latest call up to `t` in which a unit of this phase was due; 0 where there is none yet."""
     offset = int(method.first == "skip")  # a first call that only chooses the first factors is not counted
     last = t - (t - offset - phase) % period
-    return max(last, offset)
+    return max(last if last >= method.start else 0, offset)
 
 
 def plan_step(b: Bucket, hp: Mapping[str, Any], calls: Sequence[int], present: Sequence[bool]) -> Schedule:
@@ -77,35 +77,40 @@ def plan_step(b: Bucket, hp: Mapping[str, Any], calls: Sequence[int], present: S
         calls: For every parameter, the calls it took part in, this one included.
         present: For every parameter, whether it has a gradient in this call.
     """
-    period, every = int(hp["refresh_every"]), int(hp["statistics_every"])
+    period = int(hp.get("refresh_every", 1))
     times = {calls[piece.index] if present[piece.index] else None for piece in b.pieces}
     t = next(iter(times))
-    if len(times) != 1 or t is None or t <= 2 * period + 1:
-        return _plan_rows(b, period, every, calls, present)
+    if len(times) != 1 or t is None or t <= b.method.start + 2 * period:
+        return _plan_rows(b, hp, period, calls, present)
     # Every row does the same, and the first periods are over: the schedule repeats, and is remembered.
-    key = ((t - 1) % every == 0, t % period, period)
+    key = (b.method.observes(t, hp), t % period, period)
     if key not in b.steady:
-        b.steady[key] = _plan_rows(b, period, every, calls, present)
+        b.steady[key] = _plan_rows(b, hp, period, calls, present)
     return b.steady[key]
 
 
-def _plan_rows(b: Bucket, period: int, every: int, calls: Sequence[int], present: Sequence[bool]) -> Schedule:
+def _plan_rows(
+    b: Bucket, hp: Mapping[str, Any], period: int, calls: Sequence[int], present: Sequence[bool]
+) -> Schedule:
     method, plan = b.method, Schedule()
+    refreshes = type(method).refresh is not Method.refresh
     groups: dict[str, list[int]] = defaultdict(list)
     due: dict[tuple[bool, Modes, bool], list[int]] = defaultdict(list)
     for r, piece in enumerate(b.pieces):
         if not present[piece.index]:
             continue
         t = calls[piece.index]
-        early = method.first != "apply" if t == 1 else not method.lagged
+        early = method.first in ("observe", "skip") if t == 1 else not method.lagged
         if not (t == 1 and method.first == "skip"):
             groups["apply"].append(r)
-        if (t - 1) % every == 0:
+        if not (t == 1 and method.first in ("skip", "measure")):
+            plan.written.append(r)
+        if method.observes(t, hp):
             groups["early" if early else "late"].append(r)
         modes = tuple(i for i in b.modes if last_refresh(method, period, b.phases[i][r], t) == t)
-        if modes:
+        if modes and refreshes:
             due[early, modes, _is_initial(method, period, t)].append(r)
-    plan.apply, plan.written = b.parts(groups["apply"]), groups["apply"]
+    plan.apply = b.parts(groups["apply"])
     plan.early, plan.late = b.parts(groups["early"]), b.parts(groups["late"])
     for (early, modes, initial), rows in due.items():
         refresh = plan.early_refresh if early else plan.late_refresh
@@ -119,4 +124,4 @@ def _is_initial(method: Method, period: int, t: int) -> bool:
     A unit's first refresh may have had a single gradient to go by, or none that was usable: from there, tracking would
     take long.
     """
-    return t == 1 if method.first == "skip" else t <= 2 * period
+    return t == 1 if method.first == "skip" else t < method.start + 2 * period

@@ -26,7 +26,9 @@ class AdamWMethod(Method):
     elementwise = True
     name = "AdamW"
 
-    def specs(self, shape: tuple[int, ...], modes: Modes, hp: Mapping[str, Any]) -> dict[str, Spec]:
+    def specs(
+        self, shape: tuple[int, ...], modes: Modes, hp: Mapping[str, Any], diagonal: Modes = ()
+    ) -> dict[str, Spec]:
         """See `Method`."""
         return {"exp_avg": Spec(shape), "exp_avg_sq": Spec(shape)}
 

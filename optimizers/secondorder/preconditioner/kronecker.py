@@ -105,9 +105,12 @@ class Kronecker(Method):
     scaling: Scaling
     momentum: Literal["none", "gradient", "update"] = "none"
     lagged: bool = False
-    first: Literal["observe", "apply", "skip"] = "observe"
+    first: Literal["observe", "apply", "skip", "measure"] = "observe"
+    start: int = 1
 
-    def specs(self, shape: tuple[int, ...], modes: Modes, hp: Mapping[str, Any]) -> dict[str, Spec]:
+    def specs(
+        self, shape: tuple[int, ...], modes: Modes, hp: Mapping[str, Any], diagonal: Modes = ()
+    ) -> dict[str, Spec]:
         """See `Method`."""
         return {**self.factor.specs(shape, modes, hp), **self.scaling.specs(shape)}
 

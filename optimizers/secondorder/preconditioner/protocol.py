@@ -48,7 +48,8 @@ class Context:
 
     Attributes:
         hp: Hyper-parameters of the rows' parameter group.
-        modes: Modes that carry a factor; in `refresh`, the modes that are due.
+        modes: Modes that carry a dense factor; in `refresh`, the modes that are due.
+        diagonal: Modes that carry a diagonal factor.
         gate: `(n,)`, 1 where the row takes part in this step, else 0.
         seen_gate: `(n,)`, 1 where this gradient may enter statistics (its norm is in the usable range), else 0.
         count: `(n,)` updates taken, this one included once `apply` runs.
@@ -65,6 +66,7 @@ class Context:
     count: Tensor
     seen: Tensor
     initial: bool = False
+    diagonal: Modes = ()
     expand: Callable[[Tensor, Tensor], Tensor] = expand_rows
 
     def weight(self, beta: float, clock: Tensor) -> Tensor:
@@ -105,7 +107,9 @@ class Method:
             keeps its own, or has none).
         lagged: Apply before the factor sees this gradient.
         first: What a row's first gradient does: `"observe"` (then apply), `"apply"` (then observe), `"skip"` (only
-            observe: no update, no decay).
+            observe: no momentum, no update, no decay) or `"measure"` (as `"apply"`, but the parameter stays).
+        start: The call before which nothing is refreshed.
+        works: Further workspaces of the gradient's shape that `screen` fills and `observe` reads.
         decay_after: Decoupled weight decay acts on the parameter after the step instead of before it.
         name: What `coverage()` calls it where it is the fallback.
         elementwise: No modes: rows may have any shape, and live end to end in a flat bucket.
@@ -114,17 +118,34 @@ class Method:
     streams: ClassVar[tuple[str, ...]] = ("grad",)
     momentum: Literal["none", "gradient", "update"] = "none"
     lagged: bool = False
-    first: Literal["observe", "apply", "skip"] = "observe"
+    first: Literal["observe", "apply", "skip", "measure"] = "observe"
+    start: int = 1
+    works: ClassVar[tuple[str, ...]] = ()
     decay_after: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     name: ClassVar[str] = "method"
 
-    def specs(self, shape: tuple[int, ...], modes: Modes, hp: Mapping[str, Any]) -> dict[str, Spec]:
-        """State of one block of this shape whose `modes` carry a factor."""
+    def specs(
+        self, shape: tuple[int, ...], modes: Modes, hp: Mapping[str, Any], diagonal: Modes = ()
+    ) -> dict[str, Spec]:
+        """State of one block of this shape whose `modes` carry a dense factor and `diagonal` a diagonal one."""
         raise NotImplementedError
 
     def begin(self, s: State, x: Streams, c: Context) -> None:
         """A row's first usable gradient; `c.gate` marks the rows that start. Must be masked: it may run again."""
+
+    def observes(self, t: int, hp: Mapping[str, Any]) -> bool:
+        """Whether a row observes in its call `t` (from 1)."""
+        return (t - 1) % int(hp["statistics_every"]) == 0
+
+    def screen(self, s: State, x: Streams, c: Context) -> tuple[dict[str, Tensor], Tensor] | None:
+        """Look at the gradients with the factors as they are, before momentum and statistics see them.
+
+        Returns:
+            What takes the place of streams (`"grad"`, or one of `works`), and `(n,)` bools: rows that are False sit
+            this step out. None where nothing is screened.
+        """
+        return None
 
     def observe(self, s: State, x: Streams, c: Context) -> None:
         """Fold this gradient's statistic into the factors."""
