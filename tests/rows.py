@@ -40,7 +40,7 @@ class FlatIdentity(Identity):
 class Anchored(Identity):
     """Remembers a block's first usable gradient, from `begin`."""
 
-    def specs(self, shape, modes, hp):
+    def specs(self, shape, modes, hp, diagonal=()):
         return {"anchor": Spec(shape)}
 
     def begin(self, s, x, c):

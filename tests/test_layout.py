@@ -131,6 +131,23 @@ def test_stacking_does_not_change_a_bit(size):
     assert_same_bits(alone, among[:1])
 
 
+def test_many_absent_gradients_do_not_change_a_bit():
+    """Beyond a few contiguous ranges, the rows that take part are gathered and scattered: to the same effect."""
+    params, twins = parameters([(5, 4)] * 14), parameters([(5, 4)] * 14)
+    optimizer = SOAP(params, refresh_every=3, refresh="together")
+    single = [SOAP([p], refresh_every=3, refresh="together") for p in twins]
+    for step in range(12):
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            p.grad = q.grad = gradient((5, 4), step, i) if (i * step) % 3 != 1 else None
+            if q.grad is not None:
+                single[i].step()
+        optimizer.step()
+    assert_same_bits(params, twins)
+    for p, q, alone in zip(params, twins, single, strict=True):
+        for key, value in alone.state[q].items():
+            assert torch.equal(optimizer.state[p][key], value), key
+
+
 def test_groups_keep_their_own_hyper_parameters():
     """Two groups with other values are two optimizers, bit for bit."""
     values = [dict(lr=0.1, betas=(0.8, 0.9), refresh_every=2), dict(lr=0.02, weight_decay=0.3, nesterov=False)]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import cases
-from rows import SGD, Adam, FlatIdentity, Identity
+from dense import DenseSOAP
+from rows import SGD, Adam, Anchored, FlatIdentity, Identity, ObservingSOAP
 
 SHAPES = [(4, 3), (4, 3), (5,), (2, 3, 2), ()]
 
@@ -115,3 +116,34 @@ def test_clip_scales_each_block_by_its_own_size(row):
     moved = [q - p.detach() for p, q in zip(params, before, strict=True)]
     for u, wanted in zip(moved, (0.5 * torch.ones(4, 3), 0.5 * torch.ones(4, 3), grads[2]), strict=True):
         torch.testing.assert_close(u, wanted.double(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_method_that_observes_first_applies_what_it_has_just_seen(every):
+    hp = dict(lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, nesterov=True, refresh_every=every)
+    (p,) = cases.parameters([(6, 6)], dtype=torch.float64)
+    defaults = dict(factor_beta=0.95, first="observe", refresh_by="qr")
+    dense = DenseSOAP(p.detach().clone(), (0, 1), {**hp, **defaults}, lagged=False)
+    optimizer = ObservingSOAP([p], refresh="together", **hp)
+    for step in range(12):
+        cases.train(optimizer, [p], [step])
+        dense.step(p.grad)
+    torch.testing.assert_close(p.detach(), dense.W, rtol=0, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*a step was refused")
+def test_a_block_begins_once_with_its_first_usable_gradient():
+    params = cases.parameters([(4, 3)] * 4)
+    optimizer = SGD(params, row=Anchored())
+
+    def spoil(step):
+        if step == 0:
+            params[1].grad.zero_()  # no usable gradient yet
+            params[2].grad = None  # no gradient yet
+        if step == 1:
+            params[3].grad[0, 0] = torch.nan  # a step that never was, for all
+
+    cases.train(optimizer, params, range(5), before=spoil)
+    begun = [0, 2, 2, 0]
+    for i, (p, step) in enumerate(zip(params, begun, strict=True)):
+        assert torch.equal(optimizer.state[p]["anchor"], cases.gradient((4, 3), step, i))
