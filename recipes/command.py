@@ -145,7 +145,7 @@ def help_text(arguments: Arguments) -> str:
                 lines.append(f"  {name:26} {getattr(section, field.name)!s:12} {field.metadata['help']}")
     lines.append(f"optimizer (one of {', '.join(sorted(optimizer.classes()))}):")
     lines.append(f"  {'--optimizer.name':34} {config.optimizer.name}")
-    for key, argument in optimizer.arguments(config.optimizer.name).items():
+    for key, argument in optimizer.arguments(config.optimizer.class_name).items():
         value = config.optimizer.arguments.get(key, argument.default)
         lines.append(f"  {'--optimizer.' + key:34} {value!s:16} {spell(argument.hint)}")
     return "\n".join(lines)
@@ -206,7 +206,9 @@ def _spec(entry: Any, tuned_lr: Mapping[str, float], where: str) -> Spec:
     defaults.pop("name", None)
     if name in tuned_lr:
         defaults["lr"] = tuned_lr[name]
-    return optimizer.check(name, {**defaults, **given})
+    settings = {**defaults, **given}
+    variant_of = convert(settings.pop("class", ""), str, f"{where}.class")
+    return optimizer.check(name, settings, variant_of)
 
 
 def _entries(compare: Any) -> list[Any]:

@@ -81,14 +81,24 @@ class Log:
 
 @dataclass(frozen=True)
 class Spec:
-    """An optimizer by name, with the keyword arguments that it is built with."""
+    """An optimizer by name, with the keyword arguments that it is built with.
+
+    The name is the class's, or that of a variant: a class with other arguments than its defaults.
+    """
 
     name: str
     arguments: dict[str, Any]
+    variant_of: str = ""
+
+    @property
+    def class_name(self) -> str:
+        """Which class is built."""
+        return self.variant_of or self.name
 
     def as_dict(self) -> dict[str, Any]:
         """The `optimizer` section of a config file that builds this optimizer again."""
-        return {"name": self.name, **self.arguments}
+        variant = {"class": self.variant_of} if self.variant_of else {}
+        return {"name": self.name, **variant, **self.arguments}
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from results import Result
 from runfolder import replacing
 
 
-def draw(results: list[Result], title: str, path: Path) -> str:
-    """Draw curves.png: validation loss as lines with dots, training loss faint behind them.
+def draw(results: list[Result], title: str, path: Path, target: tuple[float, str] | None = None) -> str:
+    """Draw curves.png: validation loss as lines; where no optimizer has several runs, training loss faint behind them.
 
     Args:
-        results: The optimizers; the second one's final loss is drawn as the target.
+        results: The runs; those of one optimizer share a color.
         title: Of the picture.
         path: Where it goes.
+        target: A loss, drawn as a dotted line, and what it is.
 
     Returns:
         Where it is, or why it is not there.
@@ -27,19 +29,26 @@ def draw(results: list[Result], title: str, path: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    names = list(dict.fromkeys(result.name for result in results))
+    alone = len(names) == len(results)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for axis, column, label in zip(axes, (0, 1), ("step", "seconds of training"), strict=True):
-        for number, result in enumerate(results):
+        for number, name in enumerate(names):
             color = f"C{number}"
-            axis.plot(*_columns(result.training, column), color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(*_columns(result.validation, column), color=color, marker=".", markersize=4, label=result.name)
-        if len(results) > 1:
-            axis.axhline(results[1].final_loss, color="gray", linestyle=":", label=f"{results[1].name}'s final loss")
+            runs = [result for result in results if result.name == name]
+            for repetition, result in enumerate(runs):
+                if alone:
+                    axis.plot(*_columns(result.training, column), color=color, alpha=0.25, linewidth=0.8)
+                style: dict[str, Any] = {"marker": ".", "markersize": 4} if alone else {"linewidth": 1.0}
+                shown = None if repetition else name
+                axis.plot(*_columns(result.validation, column), color=color, label=shown, **style)
+        if target:
+            axis.axhline(target[0], color="gray", linestyle=":", label=target[1])
         axis.set_xlabel(label)
         axis.grid(alpha=0.2)
     bottom, top = _range(results)
     axes[0].set_ylim(bottom, top)
-    axes[0].set_ylabel("loss (line with dots: validation, faint: training)")
+    axes[0].set_ylabel("loss (line with dots: validation, faint: training)" if alone else "validation loss")
     axes[1].legend(loc="upper right")
     figure.suptitle(title)
     with replacing(path, "the picture") as temporary:

@@ -110,7 +110,7 @@ def _corpus(train: list[np.ndarray], val: list[np.ndarray], files: Iterable[Path
     is_bytes = train[0].dtype == np.uint8
     unit = "bytes" if is_bytes else "tokens"
     counts = [sum(len(array) for array in part) for part in (train, val)]
-    sha256 = _fingerprint(files)
+    sha256 = fingerprint(files)
     summary = f"{what}: {counts[0]:,} {unit} for training, {counts[1]:,} for validation, sha256 {sha256[:12]}"
     return Corpus(train, val, is_bytes, sha256, summary)
 
@@ -155,7 +155,7 @@ def _tokens(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r")
 
 
-def _fingerprint(files: Iterable[Path]) -> str:
+def fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 over each file's name, size and content; of .bin files (gigabytes) the first and last MiB only."""
     digest, end = hashlib.sha256(), 1 << 20
     for path in files:

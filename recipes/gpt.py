@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Self-attention; causal: a token sees itself and those before it."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, causal: bool) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.causal = heads, dropout, causal
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, C/H)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
 
@@ -45,9 +45,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with its norm, each added to the residual stream."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, causal: bool = True) -> None:
         super().__init__()
-        self.attention_norm, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout)
+        self.attention_norm, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout, causal)
         self.mlp_norm, self.mlp = nn.LayerNorm(width), MLP(width, dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)

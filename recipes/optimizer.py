@@ -1,13 +1,15 @@
 """Optimizers by name: which there are, which arguments they take, and how one is built for a model.
 
 A name is a public class of `secondorder` or, after `torch.`, of `torch.optim`; upper and lower case are the same. The
-arguments are those of the class's own signature, so that no hyperparameter is written twice.
+arguments are those of the class's own signature, so that no hyperparameter is written twice. A variant has a name of
+its own and says which class it is (`configs/optim_soap_reference.yaml`).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import typing
 import warnings
 from collections.abc import Mapping
@@ -77,37 +79,48 @@ def _hints(cls: type) -> dict[str, Any]:
     return hints
 
 
-def check(name: str, given: Mapping[str, Any]) -> Spec:
+def check(name: str, given: Mapping[str, Any], variant_of: str = "") -> Spec:
     """An optimizer by name with its arguments, typed and known to be accepted by the class.
+
+    Args:
+        name: Of the class, or of the variant.
+        given: Keyword arguments, as text or values.
+        variant_of: The class of a variant; empty where `name` is the class's own.
 
     Raises:
         RecipeError: No such optimizer, no such argument, or a value that the class refuses.
     """
-    name = name.lower()
-    if name not in classes():
+    name, variant_of = name.lower(), variant_of.lower()
+    cls, key = (variant_of, "class") if variant_of else (name, "name")
+    if cls not in classes():
         install = "" if secondorder else " (secondorder is not installed: pip install -e .)"
         raise RecipeError(
-            f"optimizer.name: expected one of {', '.join(sorted(classes()))}, "
-            f"got {name!r}{suggestion(name, classes())}{install}"
+            f"optimizer.{key}: expected one of {', '.join(sorted(classes()))}, "
+            f"got {cls!r}{suggestion(cls, classes())}{install}"
         )
-    known = arguments(name)
+    if variant_of and (name in classes() or not re.fullmatch(r"\w[\w.-]*", name)):
+        raise RecipeError(
+            f"optimizer.name: a variant of {variant_of} needs a name of its own, of letters and digits, got {name!r}"
+        )
+    known = arguments(cls)
     typed = {}
     for key, value in given.items():
         if key not in known:
-            raise RecipeError(f"unknown key 'optimizer.{key}': {name} takes {', '.join(known)}{suggestion(key, known)}")
+            raise RecipeError(f"unknown key 'optimizer.{key}': {cls} takes {', '.join(known)}{suggestion(key, known)}")
         typed[key] = convert(value, known[key].hint, f"optimizer.{key}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said again when the real one is built
-            classes()[name]([nn.Parameter(torch.zeros(2, 2))], **typed)
+            classes()[cls]([nn.Parameter(torch.zeros(2, 2))], **typed)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer {name}: {' '.join(str(error).split())}") from error
-    return Spec(name, typed)
+    return Spec(name, typed, variant_of)
 
 
 def build(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer for all parameters of `model`; vectors and scalars are not decayed."""
-    cls, known = classes()[spec.name], inspect.signature(classes()[spec.name]).parameters
+    cls = classes()[spec.class_name]
+    known = inspect.signature(cls).parameters
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": [pair for pair in named if pair[1].ndim >= 2]}]
     groups.append({"params": [pair for pair in named if pair[1].ndim < 2]})

@@ -17,6 +17,7 @@ class Result:
     validation: list[tuple[int, float, float]]  # (step, seconds of training, loss)
     training: list[tuple[int, float, float]]
     state_bytes: int
+    accuracy: float | None = None  # the last on the validation set, where the task has one
 
     @property
     def final_loss(self) -> float:
@@ -46,7 +47,9 @@ def read(folder: Path, name: str) -> Result:
         return [(record["step"], record["seconds"], record[key]) for record in records if key in record]
 
     state = [record["optimizer/state_bytes"] for record in records if "optimizer/state_bytes" in record]
-    return Result(name, series("val/loss"), series("train/loss"), state[-1] if state else 0)
+    accuracy = [record["val/accuracy"] for record in records if "val/accuracy" in record]
+    last = accuracy[-1] if accuracy else None
+    return Result(name, series("val/loss"), series("train/loss"), state[-1] if state else 0, last)
 
 
 def table(results: list[Result]) -> str:
@@ -62,6 +65,15 @@ def table(results: list[Result]) -> str:
             hit = result.reached(target)
             row += [str(hit[0]), f"{hit[1]:.1f}"] if hit else ["not reached", "-"]
         rows.append(row)
+    if any(result.accuracy is not None for result in results):
+        rows[0].append("accuracy")
+        for row, result in zip(rows[1:], results, strict=True):
+            row.append("-" if result.accuracy is None else f"{result.accuracy:.1%}")
+    return align(rows)
+
+
+def align(rows: list[list[str]]) -> str:
+    """The rows as lines of columns, aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)

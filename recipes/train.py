@@ -97,7 +97,9 @@ def run(config: Config, world: World, point: dict[str, str], resume: Path | None
     trained = [results.read(folder, spec.name) for spec in config.optimizers]
     if world.is_main:
         rates = [f"{spec.name} (lr {spec.arguments.get('lr', 'default')})" for spec in config.optimizers]
-        picture = curves.draw(trained, f"{config.name}: {', '.join(rates)}", folder / "curves.png")
+        title = f"{config.name}: {', '.join(rates)}"
+        target = (trained[1].final_loss, f"{trained[1].name}'s final loss") if len(trained) > 1 else None
+        picture = curves.draw(trained, title, folder / "curves.png", target)
         runfolder.write_text(folder / "results.txt", f"{results.table(trained)}\n{results.verdict(trained)}\n")
         say(f"\n{results.table(trained)}\n{results.verdict(trained)}\ncurves: {picture}")
     world.barrier()
@@ -134,7 +136,7 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
             tracker.log(line)
 
     if start == 0:
-        record(0, {"val/loss": evaluate(model, task, config, world)})
+        record(0, evaluate(model, task, config, world))
     for step in range(start, steps):
         watch.mark("")
         batches = microbatches(task, step, config, world)
@@ -159,7 +161,7 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
             progress.show(done, f"loss {values['train/loss']:.4f}  lr {lr:.2e}")
         diverged = not math.isfinite(values.get("train/loss", 0.0))
         if done % config.eval.every == 0 or last or diverged:
-            values["val/loss"] = math.nan if diverged else evaluate(model, task, config, world)
+            values |= {"val/loss": math.nan} if diverged else evaluate(model, task, config, world)
         record(done, values)
         if diverged:
             say(f"{label}: the loss is not finite after step {done}; stopped", file=sys.stderr)
@@ -210,19 +212,20 @@ def clip_gradient(model: nn.Module, largest: float) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Any, config: Config, world: World) -> float:
-    """Validation loss, on the same samples at every call and for every number of processes."""
+def evaluate(model: nn.Module, task: Any, config: Config, world: World) -> dict[str, float]:
+    """What the task measures, on the same samples at every call and for every number of processes."""
     count = config.train.batch_size // (world.size * config.train.accumulation)
     parts = config.eval.batches * config.train.accumulation
     total = config.eval.batches * config.train.batch_size
     model.eval()
-    loss = torch.zeros((), device=world.device)
+    sums: dict[str, Tensor] = {}
     for part in range(parts):
         batch = move(task.validation((world.rank * parts + part) * count, count, total), world.device)
         with autocast(config, world):
-            loss += task.loss(model, batch) / parts
+            for name, value in task.measure(model, batch).items():
+                sums[name] = sums.get(name, 0) + value / parts
     model.train()
-    return world.mean(loss)
+    return {f"val/{name}": world.mean(value) for name, value in sums.items()}
 
 
 def save(

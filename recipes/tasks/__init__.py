@@ -12,6 +12,7 @@ with what the training loop asks for:
                                           seed, the step and the sample's index, never of the number of processes
     .validation(first, count, total)      the same for a fixed validation set of `total` samples
     .loss(model, batch) -> Tensor         mean over the samples of the batch (0-d)
+    .measure(model, batch) -> dict        what validation reports, by name: such means, "loss" among them
 
 A batch is a tuple of tensors on the CPU; the loop moves it.
 """

@@ -87,6 +87,10 @@ class Task:
         tokens, targets = batch  # (B, T), (B, T)
         return F.cross_entropy(model(tokens).flatten(0, 1).float(), targets.flatten())
 
+    def measure(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """What validation reports."""
+        return {"loss": self.loss(model, batch)}
+
     def _tensors(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         if windows.max() >= self.vocab_size:
             raise RecipeError(

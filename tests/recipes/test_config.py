@@ -102,8 +102,34 @@ def test_the_main_optimizer_is_not_compared_with_itself():
     assert resolve("--optimizer.name=torch.sgd", "--compare=torch.sgd").compare == ()
 
 
-def test_a_resolved_config_resolves_to_itself(tmp_path):
-    config = resolve("--optimizer.name=torch.adamw", "--optimizer.betas=0.8,0.9", "--compare=torch.muon")
+def test_a_variant_is_its_class_with_the_arguments_of_its_own_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "CONFIGS", tmp_path)
+    (tmp_path / "optim_heavy.yaml").write_text("optimizer: {name: heavy, class: torch.SGD, momentum: 0.9}\n")
+    (tmp_path / "optim_torch.sgd.yaml").write_text("optimizer: {name: torch.sgd, weight_decay: 0.5}\n")
+    (tmp_path / "task.yaml").write_text("tuned_lr: {heavy: 0.2, torch.sgd: 0.1}\n")
+    config = resolve(f"--config={tmp_path / 'task.yaml'}", "--optimizer=heavy", "--compare=torch.sgd")
+    assert [spec.name for spec in config.optimizers] == ["heavy", "torch.sgd"]
+    assert [spec.arguments for spec in config.optimizers] == [
+        {"momentum": 0.9, "lr": 0.2},
+        {"weight_decay": 0.5, "lr": 0.1},
+    ]
+    built = optimizer.build(config.optimizer, torch.nn.Linear(2, 2))
+    assert type(built) is torch.optim.SGD
+    assert built.defaults["momentum"] == 0.9
+
+
+def test_the_reference_variant_has_the_arguments_of_the_soap_authors_code():
+    spec = resolve("--optimizer=soap_reference").optimizer
+    assert spec.class_name == "soap"
+    built = optimizer.build(spec, torch.nn.Linear(3, 2)).defaults
+    expected = {"lr": 3e-3, "betas": (0.95, 0.95), "eps": 1e-8, "weight_decay": 0.01, "refresh_every": 10}
+    assert {key: built[key] for key in expected} == expected
+    assert built["max_block_size"] is built["one_sided_aspect"] is None
+
+
+@pytest.mark.parametrize("name", ["torch.adamw", "soap_reference"])
+def test_a_resolved_config_resolves_to_itself(tmp_path, name):
+    config = resolve(f"--optimizer.name={name}", "--optimizer.betas=0.8,0.9", "--compare=torch.muon")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(command.as_dict(config)))
     assert resolve(f"--config={path}") == config
@@ -116,7 +142,10 @@ def test_a_resolved_config_resolves_to_itself(tmp_path):
         (["--train.stpes=1"], "unknown key 'train.stpes', did you mean 'train.steps'?"),
         (["--optimizer.name=torch.adamw", "--optimizer.wight_decay=0"], "did you mean 'weight_decay'?"),
         (["--optimizer.name=sopa"], "did you mean 'soap'?"),
-        (["--task=llm"], "task: expected one of lm, got 'llm', did you mean 'lm'?"),
+        (["--optimizer.name=mine", "--optimizer.class=sopa"], "optimizer.class: expected one of"),
+        (["--optimizer.name=adamw", "--optimizer.class=soap"], "a variant of soap needs a name of its own"),
+        (["--optimizer.name=../x", "--optimizer.class=soap"], "a variant of soap needs a name of its own"),
+        (["--task=llm"], "task: expected one of autoencoder, lm, vision, got 'llm', did you mean 'lm'?"),
         (["--schedule.kind=cosin"], "got 'cosin', did you mean 'cosine'?"),
         (["--train.steps=many"], "train.steps: expected int, got 'many'"),
         (["--train.steps=0"], "train.steps must be >= 1, got 0"),

@@ -12,13 +12,16 @@ from config import Schedule, Spec
 from gpt import GPT, Attention
 
 
-def test_attention_is_the_masked_softmax_of_scaled_products():
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_the_softmax_of_scaled_products_masked_where_causal(causal):
     torch.manual_seed(0)
-    attention = Attention(width=12, heads=3, dropout=0.0).double()
+    attention = Attention(width=12, heads=3, dropout=0.0, causal=causal).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     q, k, v = (part.unflatten(-1, (3, 4)) for part in attention.qkv(x).split(12, dim=-1))  # (B, T, H, C/H)
     scores = torch.einsum("bthc,bshc->bhts", q, k) / math.sqrt(4)
-    weights = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf).softmax(-1)
+    if causal:
+        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+    weights = scores.softmax(-1)
     expected = attention.out(torch.einsum("bhts,bshc->bthc", weights, v).flatten(-2))
     torch.testing.assert_close(attention(x), expected, rtol=1e-12, atol=1e-12)
 
