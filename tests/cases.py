@@ -17,6 +17,8 @@ class Case:
 
     cls: type[torch.optim.Optimizer]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    average: str = "exp_avg"  # an entry of a preconditioned block's state that every step moves, in the block's shape
+    measures: bool = False  # the first usable gradient leaves the parameter where it is
 
     def make(self, params: Any, **more: Any) -> Any:
         return self.cls(params, **{**self.kwargs, **more})
@@ -27,7 +29,10 @@ class Case:
 
 OPTIMIZERS = [
     Case(secondorder.SOAP, dict(lr=0.01, refresh_every=3)),
+    Case(secondorder.Shampoo, dict(lr=0.01, refresh_every=3), average="momentum"),
+    Case(secondorder.EigenvalueCorrectedShampoo, dict(lr=0.01, refresh_every=3), average="momentum"),
     Case(secondorder.AdamW, dict(lr=0.01)),
+    Case(secondorder.InverseFreeKLShampoo, dict(lr=0.01), average="momentum", measures=True),
 ]
 
 
@@ -85,6 +90,22 @@ def train(
         if before is not None:
             before(step)
         optimizer.step()
+
+
+def largest_update(cls: Any, shape: tuple[int, int], **options: Any) -> float:
+    """Largest root mean square of an update, in units of lr, over 300 anisotropic gradients (Adam: 1)."""
+    generator = torch.Generator().manual_seed(1)
+    turns = [torch.linalg.qr(torch.randn(d, d, generator=generator)).Q * torch.logspace(0, -1.5, d) for d in shape]
+    (p,) = parameters([shape])
+    whole = dict(max_block_size=None, one_sided_aspect=None)
+    optimizer = cls([p], lr=1e-3, weight_decay=0.0, **whole, **options)
+    worst = 0.0
+    for _ in range(300):
+        before = p.detach().clone()
+        p.grad = turns[0] @ torch.randn(shape, generator=generator) @ turns[1].T
+        optimizer.step()
+        worst = max(worst, float((p.detach() - before).square().mean().sqrt()) / 1e-3)
+    return worst
 
 
 def values(params: Iterable[Tensor]) -> list[Tensor]:

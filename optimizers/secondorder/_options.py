@@ -101,7 +101,8 @@ COMMON: dict[str, Option] = {
         None,
         "None or a number > 0",
         optional(lambda v: is_number(v) and v > 0),
-        "largest root mean square of a block's update, before the learning rate; larger ones are scaled down.",
+        "largest root mean square of an update (per block; not of the fallback's), before the learning rate; larger "
+        "ones are scaled down.",
     ),
     "on_nonfinite": Option(
         "skip",

@@ -154,7 +154,7 @@ def diagnostics(layout: Layout, groups: Sequence[Group]) -> dict[str, float]:
         waiting += int((b.s["count"] == 0).sum())
         hp = groups[b.group]
         conditions += [c[b.s["seen"] > 0] for c in b.method.conditions(b.s, _resting(b, hp, b.s)).values()]
-        for phases in b.phases.values():
+        for phases in b.phases.values() if "refresh_every" in hp else ():
             for piece, phase in zip(b.pieces, phases, strict=True):
                 t = int(clock[piece.index])
                 stale = max(stale, t - last_refresh(b.method, int(hp["refresh_every"]), phase, t))
@@ -171,7 +171,7 @@ def _resting(b: BaseBucket, hp: Group, s: dict[str, Tensor]) -> Context:
     """A context outside of a step."""
     count = s["count"]
     ones = torch.ones_like(count, dtype=b.dtype)
-    return Context(hp, b.modes, ones, ones, count, s.get("seen", count), expand=b.expand)
+    return Context(hp, b.modes, ones, ones, count, s.get("seen", count), diagonal=b.diagonal, expand=b.expand)
 
 
 def operator(

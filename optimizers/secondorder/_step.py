@@ -35,7 +35,8 @@ def hyperparameters(b: BaseBucket, group: Group) -> Group:
     if not b.fallback:
         return {**group, "lr": lr}
     betas = group["betas"] if group["fallback_betas"] is None else group["fallback_betas"]
-    return {**group, "betas": betas, "lr": lr * group["fallback_lr_scale"]}
+    # The clip is for preconditioned updates: AdamW's are bounded by themselves.
+    return {**group, "betas": betas, "lr": lr * group["fallback_lr_scale"], "max_update_rms": None}
 
 
 def step_bucket(

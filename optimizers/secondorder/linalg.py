@@ -14,10 +14,13 @@ so that no square over- or underflows; such a division is exact, and so independ
 On a CPU every matrix is decomposed by itself: LAPACK is no slower that way, and results do not depend on the stack a
 matrix happens to sit in (in a stack of 33x33 matrices every other one starts at an odd address, and the SIMD code for
 odd addresses rounds differently). On other devices whole stacks are decomposed by one call.
+
+Inverse roots without a decomposition, for devices on which those are slow: `newton_root`, `newton_schulz_root`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -132,6 +135,118 @@ def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:  # Y (n, d, m), d >= m
     return torch.where(ok[:, None, None], Q, identity), ok
 
 
+def power(x: Tensor, exponent: float) -> Tensor:
+    """`x ** exponent` for `x >= 0`; square roots where the exponent is ±2^-k, which scale exactly with powers of 4^k.
+
+    The rounding of `pow` in float32 depends on the position in the vector, so other exponents are taken in float64.
+    """
+    halvings = -math.log2(abs(exponent))
+    if not (halvings >= 0 and halvings.is_integer()):
+        return (x if x.device.type == "mps" else x.double()).pow(exponent).to(x.dtype)
+    for _ in range(int(halvings)):
+        x = x.sqrt()
+    return x.reciprocal() if exponent < 0 else x
+
+
+def largest_eigenvalue(A: Tensor, iterations: int = 16) -> Tensor:  # A (n, d, d)
+    """Largest eigenvalues `(n,)` of symmetric positive semidefinite matrices, by power iterations: a lower bound.
+
+    They start from each matrix's largest column. The worst case is an error of a few per cent, with many eigenvalues
+    close to the largest; with isolated ones it is much smaller.
+    """
+    _check("largest_eigenvalue", A, square=True)
+    scaled, scale = _scaled(A, dim=(-2, -1))
+    column = torch.linalg.vector_norm(scaled, dim=-2).argmax(-1)
+    x = torch.gather(scaled, 2, column[:, None, None].expand(-1, A.shape[-1], 1))
+    tiny = torch.finfo(A.dtype).tiny
+    for _ in range(iterations):
+        x = scaled @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp_min(tiny))
+    return (torch.linalg.vector_norm(x, dim=-2, keepdim=True) * scale)[:, 0, 0]
+
+
+def newton_root(
+    A: Tensor, exponent: float, max_iterations: int = 100, tolerance: float = 1e-8
+) -> tuple[Tensor, Tensor]:  # A (n, d, d)
+    """`A^(-1/p)` of symmetric positive definite matrices by coupled Newton iterations, in float64.
+
+        z = (p + 1) / (2 |A|_F),  X = z^(1/p) I,  M = z A
+        T = (1 + 1/p) I - M / p,  X <- X T,  M <- T^p M       until max |M - I| <= tolerance
+
+    Each matrix stops by itself; on a CPU the loop ends with the last of them. About `log(cond A) / (p log(1 + 1/p))`
+    iterations and then a few. Guo and Higham, *A Schur-Newton Method for the Matrix pth Root and Its Inverse* (2006).
+
+    Args:
+        A: Symmetric positive definite matrices, shape `(n, d, d)`, float32 or float64.
+        exponent: `1/p` with an integer p.
+        max_iterations: After them a matrix is a failed one.
+        tolerance: Largest entry of `|M - I|` at which to stop; the root is then right to about `tolerance / p`.
+
+    Returns:
+        Roots `(n, d, d)` in the dtype of `A` and `ok (n,)`, False where the iteration did not converge.
+
+    Raises:
+        TypeError: If `A` is not float32 or float64.
+        ValueError: If `A` is not a stack of square matrices, or the exponent not `1/p`.
+    """
+    _check("newton_root", A, square=True)
+    p = round(1 / exponent)
+    if abs(p * exponent - 1) > 1e-9:
+        raise ValueError(f"newton_root takes the exponent 1/p with an integer p, got {exponent}")
+    B, identity, ok = _doubled(A)
+    z = (p + 1) / (2 * torch.linalg.matrix_norm(B, keepdim=True))
+
+    def step(X: Tensor, M: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        T = (1 + 1 / p) * identity - product / p
+        return X @ T, torch.linalg.matrix_power(T, p) @ M
+
+    pair = (z ** (1 / p) * identity, z * B)
+    (X, _), done = _iterate(pair, step, lambda X, M: M, max_iterations, tolerance)
+    return _root(A, X, ok & done)
+
+
+def newton_schulz_root(
+    A: Tensor, exponent: float, max_iterations: int = 100, tolerance: float = 1e-8
+) -> tuple[Tensor, Tensor]:  # A (n, d, d)
+    """`A^(-2^-k)` of symmetric positive definite matrices by coupled Newton-Schulz iterations, in float64.
+
+        Y = A / |A|_F,  Z = I
+        T = (3 I - Z Y) / 2,  Y <- Y T,  Z <- T Z             until max |Z Y - I| <= tolerance
+        then Y = (A / |A|_F)^(1/2) and Z its inverse; again on Y for the next halving of the exponent
+
+    Nothing but products. About `log_2.25(cond A)` iterations and then a few, half of them at the next level. Higham,
+    *Stable iterations for the matrix square root* (1997).
+
+    Args:
+        A: Symmetric positive definite matrices, shape `(n, d, d)`, float32 or float64.
+        exponent: `2^-k` with `k >= 1`.
+        max_iterations: Of each level; after them a matrix is a failed one.
+        tolerance: Largest entry of `|Z Y - I|` at which to stop.
+
+    Returns:
+        Roots `(n, d, d)` in the dtype of `A` and `ok (n,)`, False where the iteration did not converge.
+
+    Raises:
+        TypeError: If `A` is not float32 or float64.
+        ValueError: If `A` is not a stack of square matrices, or the exponent not `2^-k`.
+    """
+    _check("newton_schulz_root", A, square=True)
+    halvings = -math.log2(exponent)
+    if not (halvings >= 1 and halvings.is_integer()):
+        raise ValueError(f"newton_schulz_root takes the exponent 2^-k with k >= 1, got {exponent}")
+    B, identity, ok = _doubled(A)
+    norm = torch.linalg.matrix_norm(B, keepdim=True)
+
+    def step(Y: Tensor, Z: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+        T = 1.5 * identity - 0.5 * product
+        return Y @ T, T @ Z
+
+    Y, Z = B / norm, B
+    for _ in range(int(halvings)):
+        (Y, Z), done = _iterate((Y, identity.expand_as(Y)), step, lambda Y, Z: Z @ Y, max_iterations, tolerance)
+        ok = ok & done
+    return _root(A, Z * norm**-exponent, ok)
+
+
 def _check(function: str, A: Tensor, square: bool = False) -> None:
     if A.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{function} takes float32 or float64, got {A.dtype}; convert lower precisions first")
@@ -144,6 +259,39 @@ def _finite(A: Tensor) -> Tensor:  # (n, ...) -> (n,)
     # The extremes are NaN if any entry is; on a CPU they cost a tenth of A.isfinite().
     rows = A.flatten(1)
     return rows.amax(dim=1).isfinite() & rows.amin(dim=1).isfinite()
+
+
+def _doubled(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float64 copies with the identity in place of matrices that are not finite, the identity, and which are."""
+    finite = _finite(A)
+    identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
+    return torch.where(finite[:, None, None], A.double(), identity), identity, finite
+
+
+def _iterate(
+    pair: tuple[Tensor, Tensor],
+    step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    product: Callable[[Tensor, Tensor], Tensor],
+    max_iterations: int,
+    tolerance: float,
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Repeat `step` until `product` of the pair is the identity, each matrix by itself; the pair, and who got there."""
+    identity = torch.eye(pair[0].shape[-1], dtype=pair[0].dtype, device=pair[0].device)
+    for _ in range(max_iterations):
+        P = product(*pair)
+        active = ((P - identity).abs().amax((-2, -1)) > tolerance)[:, None, None]
+        if P.device.type == "cpu" and not active.any():
+            break
+        first, second = step(*pair, P)
+        pair = torch.where(active, first, pair[0]), torch.where(active, second, pair[1])
+    return pair, (product(*pair) - identity).abs().amax((-2, -1)) <= tolerance
+
+
+def _root(A: Tensor, X: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric roots in the dtype of `A`, the identity where they failed."""
+    X = ((X + X.mT) / 2).to(A.dtype)
+    ok = ok & _finite(X)
+    return torch.where(ok[:, None, None], X, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)), ok
 
 
 def _scaled(A: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -27,12 +27,13 @@ class SOAP(PreconditionedOptimizer):
         U  = Q_0 (m̃ / (√v + eps)) Q_1^T               6 products a step in all
         W <- (1 - lr · weight_decay) W - lr U
         C_0 <- average of G G^T,  C_1 <- average of G^T G      (factor_beta, debiased)
-        every refresh_every calls, for each mode:     Q_i <- qr(C_i Q_i[:, π]).Q,  π sorts by q^T C_i q
+        every refresh_every calls, for each mode:     Q_i <- qr(C'_i Q_i[:, π]).Q,  π sorts by q^T C'_i q
                                                       R = Q_new^T Q_old;  m <- R m;  v <- (R ∘ R) v
 
     The gradient never chooses the basis on which it is projected: the first step is Adam's (`Q_i = I`). Refreshes are
     spread over the period, so that each mode has its first basis within `refresh_every` calls; in the first two periods
-    it is an eigendecomposition. Parameters that are no matrices, and large vocabularies, go to AdamW in the same
+    it is an eigendecomposition. `C'_i` is `C_i` with a graded diagonal of relative weight 1e-6, which settles what a
+    rank-deficient factor leaves open. Parameters that are no matrices, and large vocabularies, go to AdamW in the same
     optimizer; `coverage()` tells which, and why.
 
     Source: Vyas et al., *SOAP: Improving and Stabilizing Shampoo using Adam* (2024, arXiv:2409.11321), algorithm 3.

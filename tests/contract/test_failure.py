@@ -165,9 +165,9 @@ class TestRange:
         after = flat_state(optimizer)
         assert not torch.equal(p, before), "momentum goes on"
         assert after["0/count"] == 5 and after["0/step"] == 5
-        assert not torch.equal(after["0/exp_avg"], state["0/exp_avg"])
+        assert not torch.equal(after[f"0/{case.average}"], state[f"0/{case.average}"])
         for key in state:
-            if "covariance" in key or key.endswith("seen"):
+            if "covariance" in key or "root" in key or key.endswith("seen"):
                 assert torch.equal(after[key], state[key]), key
 
     @cases.classes_with("refresh_every")

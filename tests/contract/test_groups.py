@@ -107,12 +107,13 @@ class TestGroups:
         optimizer = case.make(model.parameters())
         optimizer.state_dict()
         x = torch.randn(5, 4)
-        for _ in range(5):
+        for step in range(5):
             optimizer.zero_grad()
             model(x).square().mean().backward()
             before = values(model.parameters())
             optimizer.step()
-            assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+            for p, q in zip(model.parameters(), before, strict=True):
+                assert torch.equal(p, q) == (case.measures and step == 0 and p.ndim == 2)
         assert all(optimizer.state[p]["step"] == 5 for p in model.parameters())
 
     def test_lazy_parameters_are_reported_as_such(self, case):
@@ -145,7 +146,7 @@ class TestGroups:
         cases.train(optimizer, [body, head], range(3, 6))
         assert optimizer.state[body]["step"] == 6 and optimizer.state[head]["step"] == 3
 
-    @cases.classes_with("max_block_size")
+    @cases.classes_with("one_sided_aspect")
     def test_role_in_a_group_chooses_the_treatment(self, case):
         roles = ("hidden", "embedding", "head")
         optimizer = case.make([{"params": parameters([(8, 6)]), "role": r, "max_precond_dim": 7} for r in roles])
@@ -154,7 +155,7 @@ class TestGroups:
         with pytest.raises(ValueError, match="role"):
             case.make([{"params": parameters(), "role": "tail"}])
 
-    @cases.classes_with("max_block_size")
+    @cases.classes_with("one_sided_aspect")
     def test_module_tells_embeddings_and_heads(self, case):
         model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 30))
         groups = [{"params": model.parameters(), "max_precond_dim": 7}]
@@ -284,15 +285,16 @@ class TestLearningRate:
         optimizer = case.make(params, refresh_every=4)
         cases.train(optimizer, params, range(6))
         optimizer.param_groups[0]["refresh_every"] = 1
-        p = params[0]
+        state = optimizer.state[params[0]]
+        key = "basis_0" if "basis_0" in state else "root_0"
         for step in range(6, 10):
-            before = optimizer.state[p]["basis_0"].clone()
+            before = state[key].clone()
             cases.train(optimizer, params, [step])
-            assert not torch.equal(before, optimizer.state[p]["basis_0"])
+            assert not torch.equal(before, state[key])
         optimizer.param_groups[0]["refresh_every"] = 50
-        before = optimizer.state[p]["basis_0"].clone()
+        before = state[key].clone()
         cases.train(optimizer, params, range(10, 14))
-        assert torch.equal(before, optimizer.state[p]["basis_0"])
+        assert torch.equal(before, state[key])
 
     def test_gradient_of_another_parameter_is_not_needed(self, case):
         """Two optimizers on parts of one model do not see each other."""

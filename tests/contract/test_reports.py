@@ -96,6 +96,8 @@ class TestOperators:
     @BLOCKS
     def test_preconditioner_is_what_a_step_applies(self, case, options):
         """Without momentum, decay and a refresh in the step: update = lr · P g, with the second moment of that step."""
+        if case.measures:
+            pytest.skip("its factors move in every step: tests/test_flagship.py compares with those before")
         more = dict(betas=(0.0, 0.9), weight_decay=0.0, lr=0.1)
         if case.takes("nesterov"):
             more.update(nesterov=False, refresh_every=4, refresh="together")
@@ -155,5 +157,5 @@ class TestOperators:
         params = parameters()
         optimizer = case.make(params)
         for p in params:
-            assert optimizer.curvature(p).trace() == 0
+            assert optimizer.curvature(p).trace() in (0, torch.inf)  # nothing is known yet: of inverses, everything
             assert torch.isfinite(optimizer.preconditioner(p) @ gradient(tuple(p.shape), 0)).all()

@@ -231,9 +231,9 @@ def test_entry_that_is_put_into_the_state_acts(case, options):
     for p, entry in zip(params, saved["state"].values(), strict=True):
         for tile in [None, *(k for k, v in entry.items() if isinstance(v, dict))]:
             ours, theirs = (changed.state[p], entry) if tile is None else (changed.state[p][tile], entry[tile])
-            if "exp_avg" in ours:
-                ours["exp_avg"] = torch.ones_like(ours["exp_avg"])
-                theirs["exp_avg"] = torch.ones_like(theirs["exp_avg"])
+            for key in {"exp_avg", case.average} & set(ours):
+                ours[key] = torch.ones_like(ours[key])
+                theirs[key] = torch.ones_like(theirs[key])
     loaded.load_state_dict(saved)
     cases.train(changed, params, range(4, 8))
     cases.train(loaded, twins, range(4, 8))
@@ -244,11 +244,11 @@ def test_entry_of_a_wrong_shape_is_refused_by_name(case):
     params = parameters()
     optimizer = case.make(params)
     cases.train(optimizer, params, range(2))
-    kept = optimizer.state[params[0]]["exp_avg"]
-    optimizer.state[params[0]]["exp_avg"] = torch.zeros(2, 2)
-    with pytest.raises(ValueError, match="'exp_avg'.*\\(2, 2\\)"):
+    kept = optimizer.state[params[0]][case.average]
+    optimizer.state[params[0]][case.average] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=f"'{case.average}'.*\\(2, 2\\)"):
         cases.train(optimizer, params, [2])
-    optimizer.state[params[0]]["exp_avg"] = kept
+    optimizer.state[params[0]][case.average] = kept
     cases.train(optimizer, params, [2])
 
 

@@ -105,6 +105,34 @@ def matrix_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | Non
     return Treatment((rows, columns), cuts, modes, reason)
 
 
+def two_sided_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | None) -> Treatment:
+    """Matrices in blocks with a dense factor on either side, however wide; a vocabulary side has a diagonal one.
+
+    Args:
+        shape: The parameter's shape.
+        hp: Options of its group: `max_block_size`, `max_precond_dim`.
+        role: `"embedding"`, `"head"`, `"hidden"`, or None where nobody said; the longer side of an embedding or a head
+            is its vocabulary, and so is any side beyond `max_precond_dim` of a parameter of unknown role.
+    """
+    sides = tuple(d for d in shape if d != 1)
+    if len(sides) < 2 or 0 in sides:
+        return whole(shape, "a vector or a scalar has no second mode" if 0 not in sides else "empty")
+    matrix = (sides[0], math.prod(sides[1:]))
+    long = int(matrix[1] > matrix[0])
+    limit = hp["max_precond_dim"]
+    beyond = role is None and limit is not None and matrix[long] > limit
+    diagonal = (long,) if beyond or role in ("embedding", "head") else ()
+    modes = tuple(i for i in (0, 1) if i not in diagonal)
+    cuts = tuple(even_cuts(d, hp["max_block_size"]) if i in modes else (d,) for i, d in enumerate(matrix))
+    reason = " x ".join(map(str, matrix)) + " matrix"
+    if diagonal:
+        reason += f", diagonal on the side of {matrix[long]} (a vocabulary)"
+    count = math.prod(len(pieces) for pieces in cuts)
+    if count > 1:
+        reason += f", cut into {count} blocks of at most {hp['max_block_size']}"
+    return Treatment(matrix, cuts, modes, reason, diagonal=diagonal)
+
+
 def elementwise_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | None) -> Treatment:
     """Every parameter whole and without factors, for methods that act element by element."""
     del hp, role
