@@ -92,11 +92,11 @@ def self_check() -> bool:
         try:
             before, after, steps = train(cls, SECONDS / len(classes))
         except Exception as error:  # one broken method must not hide the verdict on the others
-            print(f"  {cls.__name__:<12} FAILED: {type(error).__name__}: {error}")
+            print(f"  {cls.__name__:<28} FAILED: {type(error).__name__}: {error}")
             passed = False
             continue
         fell = math.isfinite(after) and after < before
-        print(f"  {cls.__name__:<12} {'ok' if fell else 'FAILED'}: loss {before:.4g} -> {after:.4g} in {steps} steps")
+        print(f"  {cls.__name__:<28} {'ok' if fell else 'FAILED'}: loss {before:.4g} -> {after:.4g} in {steps} steps")
         passed &= fell
     return passed
 
@@ -119,7 +119,7 @@ def main() -> int:
 
     print("methods")
     for cls in methods():
-        print(f"  {cls.__name__:<12} {first_line(cls)}")
+        print(f"  {cls.__name__:<28} {first_line(cls)}")
 
     print("kernels")
     for operation, path, reason in secondorder_kernels.explain_all():

@@ -15,7 +15,7 @@ from secondorder.preconditioner.second_moment import CorrectedKronecker, SecondM
 
 
 class EigenvalueCorrectedShampoo(PreconditionedOptimizer):
-    """EigenvalueCorrectedShampoo: momentum outside, the second moment in the eigenbasis of Shampoo's factors.
+    """EigenvalueCorrectedShampoo: Momentum outside, the second moment in the eigenbasis of Shampoo's factors.
 
     For every block `G (d_0, d_1)` of a gradient, with one covariance `C_i` and basis `Q_i` per mode:
 

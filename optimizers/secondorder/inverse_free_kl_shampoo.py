@@ -18,7 +18,7 @@ def _positive(v: Any) -> bool:
 
 
 class InverseFreeKLShampoo(PreconditionedOptimizer):
-    """Inverse-free KL-Shampoo: Shampoo's whitening, learned by matrix products: no root, eigenbasis, QR or inverse.
+    """InverseFreeKLShampoo: Shampoo's whitening, learned by matrix products: no root, eigenbasis, QR or inverse.
 
     For every block `G (d_0, d_1)` of a gradient, with near-symmetric factors `K_i`, `K_i K_i^T ≈ S_i^-1`:
 

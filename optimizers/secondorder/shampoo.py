@@ -25,7 +25,7 @@ def _is_exponent(v: Any) -> bool:
 
 
 class Shampoo(PreconditionedOptimizer):
-    """Shampoo: the gradient between inverse roots of its row and column covariances.
+    """Shampoo: The gradient between inverse roots of its row and column covariances.
 
     For every block `G (d_0, d_1)` of a gradient, with one covariance `C_i` and root `R_i` per mode:
 
