@@ -37,8 +37,8 @@ def test_report_names_every_method_and_kernel_and_passes(capsys) -> None:
     for name in secondorder.__all__:
         cls = getattr(secondorder, name)
         if inspect.isclass(cls):
-            assert f"{name:<12} {inspect.getdoc(cls).splitlines()[0].removeprefix(name + ': ')}" in printed
-            assert f"{name:<12} ok" in printed
+            assert f"{name:<28} {inspect.getdoc(cls).splitlines()[0].removeprefix(name + ': ')}" in printed
+            assert f"{name:<28} ok" in printed
     for operation, path, reason in secondorder_kernels.explain_all():
         assert operation in printed and path in printed and reason in printed
 
@@ -54,5 +54,5 @@ def test_exit_code_is_1_when_a_method_does_not_learn(monkeypatch, capsys) -> Non
         monkeypatch.setattr(report, "methods", lambda cls=cls: [secondorder.AdamW, cls])
         assert report.main() == 1
         printed = capsys.readouterr().out
-        assert "AdamW        ok" in printed
-        assert f"{cls.__name__:<12} FAILED" in printed
+        assert f"{'AdamW':<28} ok" in printed
+        assert f"{cls.__name__:<28} FAILED" in printed
