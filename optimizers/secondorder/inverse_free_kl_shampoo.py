@@ -36,10 +36,11 @@ class InverseFreeKLShampoo(PreconditionedOptimizer):
     on both sides however wide it is.
 
     Source: this library; the criterion is that of Lin et al., *Understanding and Improving Shampoo and SOAP via
-    Kullback-Leibler Minimization* (2025, arXiv:2509.03378). What it is worth: ahead of SOAP on a deep autoencoder and
-    on badly conditioned regressions, level with it on a small language model and a conv net, behind it on a small
-    vision transformer, all at the size of minutes on a CPU; nothing larger was measured. With β1 = 0.95 and Nesterov it
-    was unstable. RMS(U) is near 0.2, like AdamW's: start at 1 to 3 times AdamW's learning rate.
+    Kullback-Leibler Minimization* (2025, arXiv:2509.03378). What it is worth: in steps ahead of SOAP (refreshed every
+    10) on a deep autoencoder, a small language model and a small vision transformer (README, "Measured"), in seconds
+    level or behind; all at the size of a minute on a CPU, nothing larger was measured. Refreshed in every step, SOAP
+    was level with it on language and ahead on vision in earlier runs. With β1 = 0.95 and Nesterov it was unstable.
+    RMS(U) is near 0.2, like AdamW's: start at 1 to 3 times AdamW's learning rate.
 
     Args:
         params: Parameters, dicts of parameter groups, or `(name, parameter)` pairs.
