@@ -69,6 +69,31 @@ def whole(shape: tuple[int, ...], reason: str) -> Treatment:
     return Treatment(shape, tuple((d,) for d in shape), (), reason, fallback=True)
 
 
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Size-1 axes dropped, all axes after the first merged; None where nothing is left to be a matrix."""
+    sides = tuple(d for d in shape if d != 1)
+    return None if len(sides) < 2 or 0 in sides else (sides[0], math.prod(sides[1:]))
+
+
+def _cut(
+    shape: tuple[int, ...],
+    matrix: tuple[int, int],
+    modes: tuple[int, ...],
+    diagonal: tuple[int, ...],
+    size: int | None,
+    note: str,
+) -> Treatment:
+    """A matrix cut along the sides with a dense factor."""
+    cuts = tuple(even_cuts(d, size) if i in modes else (d,) for i, d in enumerate(matrix))
+    name = " x ".join(map(str, matrix))
+    merged = sum(d != 1 for d in shape) > 2
+    reason = (f"{'x'.join(map(str, shape))} merged to {name}" if merged else f"{name} matrix") + note
+    count = math.prod(len(pieces) for pieces in cuts)
+    if count > 1:
+        reason += f", cut into {count} blocks of at most {size}"
+    return Treatment(matrix, cuts, modes, reason, diagonal=diagonal)
+
+
 def matrix_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | None) -> Treatment:
     """The default rule: matrices in blocks, wide ones one-sided, all else to the fallback.
 
@@ -82,10 +107,10 @@ def matrix_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | Non
         `(out, in·kh·kw)`); a matrix whose sides differ by `one_sided_aspect` or more has a factor on its smaller side
         only, and stays whole along the other; sides with a factor are cut evenly to at most `max_block_size`.
     """
-    sides = tuple(d for d in shape if d != 1)
-    if len(sides) < 2 or 0 in sides:
-        return whole(shape, "a vector or a scalar has no second mode" if 0 not in sides else "empty")
-    rows, columns = sides[0], math.prod(sides[1:])
+    matrix = _as_matrix(shape)
+    if matrix is None:
+        return whole(shape, "a vector or a scalar has no second mode" if 0 not in shape else "empty")
+    rows, columns = matrix
     limit = hp["max_precond_dim"]
     if role != "hidden" and limit is not None and max(rows, columns) > limit:
         what = "taken for a vocabulary" if role is None else f"a vocabulary (role {role!r})"
@@ -94,15 +119,10 @@ def matrix_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | Non
     modes: tuple[int, ...] = (0, 1)
     if aspect is not None and max(rows, columns) >= aspect * min(rows, columns):
         modes = (0,) if rows < columns else (1,)
-    cuts = tuple(even_cuts(d, size) if i in modes else (d,) for i, d in enumerate((rows, columns)))
-    name = " x ".join(map(str, (rows, columns)))
-    reason = f"{name} matrix" if len(sides) == 2 else f"{'x'.join(map(str, shape))} merged to {name}"
+    note = ""
     if len(modes) == 1:
-        reason += f", one-sided (aspect {max(rows, columns) / min(rows, columns):.3g} >= {aspect:g})"
-    count = math.prod(len(pieces) for pieces in cuts)
-    if count > 1:
-        reason += f", cut into {count} blocks of at most {size}"
-    return Treatment((rows, columns), cuts, modes, reason)
+        note = f", one-sided (aspect {max(rows, columns) / min(rows, columns):.3g} >= {aspect:g})"
+    return _cut(shape, matrix, modes, (), size, note)
 
 
 def two_sided_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | None) -> Treatment:
@@ -114,23 +134,16 @@ def two_sided_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | 
         role: `"embedding"`, `"head"`, `"hidden"`, or None where nobody said; the longer side of an embedding or a head
             is its vocabulary, and so is any side beyond `max_precond_dim` of a parameter of unknown role.
     """
-    sides = tuple(d for d in shape if d != 1)
-    if len(sides) < 2 or 0 in sides:
-        return whole(shape, "a vector or a scalar has no second mode" if 0 not in sides else "empty")
-    matrix = (sides[0], math.prod(sides[1:]))
+    matrix = _as_matrix(shape)
+    if matrix is None:
+        return whole(shape, "a vector or a scalar has no second mode" if 0 not in shape else "empty")
     long = int(matrix[1] > matrix[0])
     limit = hp["max_precond_dim"]
     beyond = role is None and limit is not None and matrix[long] > limit
     diagonal = (long,) if beyond or role in ("embedding", "head") else ()
     modes = tuple(i for i in (0, 1) if i not in diagonal)
-    cuts = tuple(even_cuts(d, hp["max_block_size"]) if i in modes else (d,) for i, d in enumerate(matrix))
-    reason = " x ".join(map(str, matrix)) + " matrix"
-    if diagonal:
-        reason += f", diagonal on the side of {matrix[long]} (a vocabulary)"
-    count = math.prod(len(pieces) for pieces in cuts)
-    if count > 1:
-        reason += f", cut into {count} blocks of at most {hp['max_block_size']}"
-    return Treatment(matrix, cuts, modes, reason, diagonal=diagonal)
+    note = f", diagonal on the side of {matrix[long]} (a vocabulary)" if diagonal else ""
+    return _cut(shape, matrix, modes, diagonal, hp["max_block_size"], note)
 
 
 def elementwise_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | None) -> Treatment:
