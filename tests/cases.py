@@ -1,5 +1,10 @@
-"""The public optimizers under test: a new class adds one line to `OPTIMIZERS`."""
+"""The public optimizers under test: a new class adds one line to `OPTIMIZERS`.
 
+The parameters here are loose: they belong to no module. A layer method trains them by its fallback, and says so in a
+warning; the same contract on layers is in `test_layer_contract.py`.
+"""
+
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import secondorder
+from secondorder._options import COMMON
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,22 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     average: str = "exp_avg"  # an entry of a preconditioned block's state that every step moves, in the block's shape
     measures: bool = False  # the first usable gradient leaves the parameter where it is
+    layers: bool = False  # statistics come from layers: loose parameters are left to the fallback
 
     def make(self, params: Any, **more: Any) -> Any:
-        return self.cls(params, **{**self.kwargs, **more})
+        return self.build(params, **{**self.kwargs, **more})
+
+    def build(self, *args: Any, **options: Any) -> Any:
+        """The class with these arguments alone, without a layer method's warning that it was given no module."""
+        with warnings.catch_warnings():
+            if self.layers:
+                warnings.filterwarnings("ignore", ".*no module= was given")
+            return self.cls(*args, **options)
 
     def takes(self, option: str) -> bool:
+        """Whether the option acts on loose parameters."""
+        if self.layers:
+            return option in COMMON or option.startswith("fallback_")
         return option in self.cls.shared_options or option in self.cls.own_options
 
 
@@ -32,12 +49,14 @@ OPTIMIZERS = [
     Case(secondorder.Shampoo, dict(lr=0.01, refresh_every=3), average="momentum"),
     Case(secondorder.EigenvalueCorrectedShampoo, dict(lr=0.01, refresh_every=3), average="momentum"),
     Case(secondorder.AdamW, dict(lr=0.01)),
+    Case(secondorder.KFAC, dict(lr=0.01, fallback_lr_scale=1.0), layers=True),
+    Case(secondorder.EKFAC, dict(lr=0.01, fallback_lr_scale=1.0), layers=True),
     Case(secondorder.InverseFreeKLShampoo, dict(lr=0.01), average="momentum", measures=True),
 ]
 
 
 def variants(**named: dict[str, Any]) -> pytest.MarkDecorator:
-    """Parametrise a test by `case` and `options`: every class with those of the named options that it takes."""
+    """Parametrise a test by `case` and `options`: every class with those of the named options that act on it."""
     pairs = [
         pytest.param(case, options, id=f"{case.cls.__name__}-{name}")
         for case in OPTIMIZERS
@@ -48,7 +67,7 @@ def variants(**named: dict[str, Any]) -> pytest.MarkDecorator:
 
 
 def classes_with(option: str) -> pytest.MarkDecorator:
-    """Parametrise a test by `case`: every class that has the option."""
+    """Parametrise a test by `case`: every class on which the option acts."""
     chosen = [case for case in OPTIMIZERS if case.takes(option)]
     return pytest.mark.parametrize("case", chosen, ids=[case.cls.__name__ for case in chosen])
 

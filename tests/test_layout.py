@@ -81,6 +81,27 @@ def train(make, shapes, order, steps=7):
     return [p.detach() for p in params]
 
 
+def products_keep_their_bits() -> bool:
+    """Whether this machine's batched products round the same wherever a matrix lies in memory; some do not."""
+    g = torch.Generator().manual_seed(0)
+    for d in range(2, 14):
+        A, B = torch.randn(3, d, d, generator=g), torch.randn(3, d, d, generator=g)
+        if not all(torch.equal(A @ C, (A.flip(0) @ C.flip(0)).flip(0)) for C in (B, B.mT)):
+            return False
+    return True
+
+
+PRODUCTS_KEEP_THEIR_BITS = products_keep_their_bits()
+
+
+def assert_same(a, b):
+    """The same bits, where the machine's own products allow it."""
+    if PRODUCTS_KEEP_THEIR_BITS:
+        assert_same_bits(a, b)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
 matrices = st.lists(st.tuples(st.integers(2, 9), st.integers(2, 9)), min_size=2, max_size=6)
 
 
@@ -95,7 +116,7 @@ def test_order_of_parameters_does_not_change_a_bit(case, options, shapes, data):
     def make(params):
         return case.make(params, **{**together, **options})
 
-    assert_same_bits(train(make, shapes, range(len(shapes))), train(make, shapes, order))
+    assert_same(train(make, shapes, range(len(shapes))), train(make, shapes, order))
 
 
 @cases.variants(
@@ -118,7 +139,7 @@ def test_splitting_into_groups_does_not_change_a_bit(case, options, shapes, data
         return make([{"params": params[a:b]} for a, b in zip(ends, ends[1:], strict=False)])
 
     order = range(len(shapes))
-    assert_same_bits(train(make, shapes, order), train(make_split, shapes, order))
+    assert_same(train(make, shapes, order), train(make_split, shapes, order))
 
 
 @pytest.mark.parametrize("size", [8, 33, 64])

@@ -112,12 +112,23 @@ def test_power_is_the_power_of_the_dense_matrix(pair, exponent):
     assert isinstance(power, KroneckerOperator) and power.shape == operator.shape
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.3, 10])
+def test_inv_is_the_inverse_of_the_damped_dense_matrix(pair, damping):
+    operator, dense = pair
+    inverse = operator.inv(damping)
+    close(inverse.to_dense(), torch.linalg.inv(dense + damping * torch.eye(len(dense), dtype=torch.float64)))
+    close(operator.to_dense(), dense)  # itself unchanged
+    assert isinstance(inverse, KroneckerOperator) and inverse.shape == operator.shape
+
+
 def test_scalar_summaries_are_those_of_the_dense_matrix(pair):
     operator, dense = pair
     close(operator.logdet(), torch.linalg.slogdet(dense).logabsdet)
     close(operator.trace(), dense.trace())
     close(operator.diag(), dense.diagonal().reshape(operator._parameter_shape))
     close(operator.eigenvalues(), torch.linalg.eigvalsh(dense).flip(0))
+    close(operator.eigvalsh(), torch.linalg.eigvalsh(dense))
+    close(operator.frobenius(), torch.linalg.matrix_norm(dense))
     close(operator.condition(), torch.linalg.cond(dense))
 
 
@@ -181,6 +192,26 @@ def singular():
 def test_inverses_of_a_singular_operator_say_how_many_eigenvalues_are_not_positive(operation):
     with pytest.raises(torch.linalg.LinAlgError, match=r"needs eigenvalues that are positive; 3 of 6 are not"):
         operation(singular())
+
+
+def test_inv_of_a_singular_operator_needs_damping():
+    operator = singular()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"inv\(damping=0.0\) needs .* positive; 3 of 6 are not"):
+        operator.inv()
+    close(operator.inv(0.5).eigvalsh(), 1 / (operator.eigenvalues() + 0.5))
+
+
+def test_inv_looks_at_the_damped_eigenvalues():
+    operator = KroneckerOperator((2,), (2,), [EigenBlock((slice(0, 2),), {}, torch.tensor([1.0, -0.5]))])
+    with pytest.raises(torch.linalg.LinAlgError, match=r"inv\(damping=0.25\) needs .* positive; 1 of 2 are not"):
+        operator.inv(0.25)
+    assert operator.inv(1.0).eigenvalues()[0] == 2
+
+
+@pytest.mark.parametrize("damping", [-1e-3, math.nan, math.inf])
+def test_a_damping_that_is_negative_or_not_finite_is_refused(damping):
+    with pytest.raises(ValueError, match=f"damping must be a finite number >= 0, got {damping}"):
+        singular().inv(damping)
 
 
 def test_a_singular_operator_has_positive_powers_and_an_infinite_condition():

@@ -67,7 +67,7 @@ def train(cls: type[torch.optim.Optimizer], seconds: float) -> tuple[float, floa
     layer = torch.nn.Linear(16, 8)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    optimizer = cls(layer.parameters(), lr=LR)  # type: ignore[call-arg]
+    optimizer = cls(layer.parameters(), lr=LR, module=layer)  # type: ignore[call-arg]
 
     losses: list[float] = []
     end = time.perf_counter() + seconds

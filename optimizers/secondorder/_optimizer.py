@@ -10,7 +10,7 @@ import contextlib
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from secondorder import _reports
 from secondorder._options import COMMON, FOREIGN_KEYS, KRONECKER, Option, expand_signature, resolve, validate
 from secondorder._roles import Label, labels
-from secondorder._step import step_bucket
+from secondorder._step import Held, advance, commit, settle
+from secondorder.curvature.layer import Sums
 from secondorder.layout import checkpoint
 from secondorder.layout.blocks import Treatment, elementwise_blocks, matrix_blocks
 from secondorder.layout.faces import Layout
@@ -89,6 +90,25 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """How a parameter is cut."""
         return matrix_blocks(shape, group, role)
 
+    def _statistics(self, layout: Layout, flags: Flags) -> Mapping[int, Sums]:
+        """Layer statistics of this step, by index of the leading parameter."""
+        del layout, flags
+        return {}
+
+    def _before_settling(self, layout: Layout, held: Sequence[Held], call: int) -> None:
+        """All directions that wait for each other are there; `call` counts from 1."""
+
+    def _before_commit(self, held: Sequence[Held]) -> None:
+        """Their updates are final."""
+
+    def _after_step(self, layout: Layout) -> None:
+        """Called after every step that took place or was refused."""
+
+    @contextlib.contextmanager
+    def _expecting(self, state: Mapping[Tensor, Any]) -> Iterator[None]:
+        """Around the check of a state that is to be loaded; if the check raises, all must be as it was."""
+        yield
+
     # ------------------------------------------------------------------ groups
 
     def _checks(self) -> dict[str, Option]:
@@ -116,6 +136,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             raise
         module = self._module() if self._module is not None else None
         self._labels.append(labels(group, len(self.param_groups) - 1, module))
+
+    def _relabel(self) -> None:
+        """Names and roles from the present module."""
+        module = self._module() if self._module is not None else None
+        self._labels[:] = [labels(group, gi, module) for gi, group in enumerate(self.param_groups)]
 
     def _label(self, group_index: int, index: int) -> Label:
         group, known = self.param_groups[group_index], self._labels[group_index]
@@ -172,17 +197,25 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} does not support sparse gradients, please consider torch.optim.SparseAdam"
                 )
         flags = layout.plan.flags(layout.params)
-        present = flags.present
-        if not any(present) or self._is_empty(flags):
+        if not any(flags.present) or self._is_empty(flags):
             return
+        flags.sums = self._statistics(layout, flags)
+        present = flags.present
         if any(g["on_nonfinite"] == "raise" for g in self.param_groups):
             self._raise_if_refused(layout, flags)
         calls = [int(t) + here for t, here in zip(layout.clock.tolist(), present, strict=True)]
-        for b in layout.buckets:
-            step_bucket(b, layout.plan, layout.params, flags, self.param_groups[b.group], calls)
+        how = (layout.plan, layout.params, flags, self.param_groups, calls)
+        held = advance([b for b in layout.buckets if b.held], *how)
+        self._before_settling(layout, held, max(calls))
+        settle(held)
+        self._before_commit(held)
+        # No parameter has changed yet: up to here, the graph of a forward pass can be gone through again.
+        advance([b for b in layout.buckets if not b.held], *how)
+        commit(held, layout.plan, layout.params, flags)
         layout.plan.finish()
         layout.tick(present)
         layout.count_refused(flags)
+        self._after_step(layout)
         self._warn(layout, wait=False)
 
     def _is_empty(self, flags: Flags) -> bool:
@@ -246,9 +279,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         groups = checkpoint.merged_groups(state_dict, self.param_groups, self.defaults)
         for group in groups:
             validate(group, self._checks())
-        fits = Layout.ghost(self._layout.plan, groups, self._treat)
-        checkpoint.check(state_dict, groups, fits)
-        state = checkpoint.adoptable(state_dict, groups, fits)
+        with self._expecting(checkpoint.by_parameter(state_dict, groups)):
+            fits = Layout.ghost(self._layout.plan, groups, self._treat)
+            checkpoint.check(state_dict, groups, fits)
+            state = checkpoint.adoptable(state_dict, groups, fits)
         self._layout.forget()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._current()

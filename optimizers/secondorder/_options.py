@@ -54,6 +54,22 @@ class KroneckerOptions(BlockOptions, total=False):
     refresh: Literal["staggered", "together"]
 
 
+class LayerOptions(KroneckerOptions, total=False):
+    """Options of every optimizer with layer statistics (see `LAYERS`)."""
+
+    sharing: Literal["auto", "expand", "reduce", "none"]
+    sides: Literal["both", "inputs"]
+    loss_reduction: Literal["mean", "sum"]
+    momentum: Literal["gradient", "update"]
+    norm_clip: float | None
+    kl_clip: float | None
+    burn_in: int
+    adapt_damping: bool
+    adapt_every: int
+    quadratic_model: Literal["lr", "lr_and_momentum"] | None
+    loss: Literal["cross_entropy", "mse", "bce"] | None
+
+
 def is_number(v: Any) -> bool:
     """A finite real number that is not a bool."""
     return isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
@@ -88,6 +104,19 @@ def is_bool(v: Any) -> bool:
     """True or False."""
     return isinstance(v, bool)
 
+
+def _is_batch_size(v: Any) -> bool:
+    if isinstance(v, Tensor):
+        return v.numel() == 1 and (v.device.type != "cpu" or bool(v > 0))
+    return v is None or (is_number(v) and v > 0)
+
+
+BATCH_SIZE = Option(
+    None,
+    "None, a number > 0 or a 1-element tensor",
+    _is_batch_size,
+    "samples whose mean the loss is, so that batch_size·g² estimates the curvature; None: 1.",
+)
 
 COMMON: dict[str, Option] = {
     "weight_decay_kind": Option(
@@ -157,6 +186,70 @@ KRONECKER: dict[str, Option] = {
         "spread refreshes evenly over the calls of a period, or do all of them in one call.",
     ),
     **BLOCKS,
+}
+
+LAYERS: dict[str, Option] = {
+    **KRONECKER,
+    "fallback_lr_scale": KRONECKER["fallback_lr_scale"]._replace(default=0.3),
+    # Natural gradients grow as gradients vanish, and so do clips in their metric; this bounds what is left of that.
+    "max_update_rms": KRONECKER["max_update_rms"]._replace(default=10.0),
+    "sharing": Option(
+        "auto",
+        *one_of("auto", "expand", "reduce", "none"),
+        "positions that share a weight (tokens, pixels) are data of their own (expand), or are summed first (reduce); "
+        "auto: reduce for convolutions, else expand; none leaves a group to the fallback.",
+    ),
+    "sides": Option(
+        "both", *one_of("both", "inputs"), "factors on both sides of a weight, or on its inputs only (no backward)."
+    ),
+    "loss_reduction": Option(
+        "mean", *one_of("mean", "sum"), "whether the loss is a mean or a sum over its terms (samples, tokens)."
+    ),
+    "momentum": Option(
+        "gradient",
+        *one_of("gradient", "update"),
+        "what betas[0] averages: gradients, before the factors, or (heavy ball) updates, after them and after clips.",
+    ),
+    "norm_clip": Option(
+        1.0,
+        "None or a number > 0",
+        optional(lambda v: is_number(v) and v > 0),
+        "largest √<direction, gradient>, all blocks together: the length of a direction in the curvature's own metric. "
+        "Longer ones are scaled down, so that lr bounds a step's divergence: KL <= (lr·norm_clip)²/2 to second order.",
+    ),
+    "kl_clip": Option(
+        None,
+        "None or a number > 0",
+        optional(lambda v: is_number(v) and v > 0),
+        "the same with lr included: largest lr²·<direction, gradient>. A schedule of lr then moves no step that is "
+        "clipped; for results of others.",
+    ),
+    "burn_in": Option(
+        0,
+        "an int >= 0",
+        lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= 0,
+        "first calls that only gather statistics: parameters stay as they are; all factors are refreshed in the last.",
+    ),
+    "adapt_damping": Option(
+        False,
+        "True or False",
+        is_bool,
+        "change damping by the rule of Levenberg and Marquardt; needs step(closure).",
+    ),
+    "adapt_every": Option(5, "an int >= 1", is_count, "calls between two changes of damping (the first group's)."),
+    "quadratic_model": Option(
+        None,
+        "None, 'lr' or 'lr_and_momentum'",
+        optional(one_of("lr", "lr_and_momentum")[1]),
+        "learning rate, or that and momentum, from the minimum of a quadratic model of the loss, in place of lr, "
+        "betas[0], nesterov and clips; needs loss, and step(closure) with a closure that returns (loss, outputs).",
+    ),
+    "loss": Option(
+        None,
+        "None, 'cross_entropy', 'mse' or 'bce'",
+        optional(one_of("cross_entropy", "mse", "bce")[1]),
+        "what is minimized, for quadratic_model: the first group's.",
+    ),
 }
 
 # Keys that others put into groups: torch's own implementation switches (some trainers set them everywhere), schedulers.

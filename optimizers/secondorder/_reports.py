@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from secondorder._step import hyperparameters
 from secondorder.layout.buckets import BaseBucket, Bucket, FlatBucket
-from secondorder.layout.faces import Layout, streams
+from secondorder.layout.faces import Layout, place, streams
 from secondorder.layout.schedule import last_refresh
 from secondorder.preconditioner.operators import EigenBlock, KroneckerOperator
 from secondorder.preconditioner.protocol import Context
@@ -24,7 +25,8 @@ Group = dict[str, Any]
 FAILURES = {
     "refused_steps": "a step was refused, because a gradient was not finite or too large; state and parameters are "
     "as they were",
-    "refresh_failures": "a decomposition failed; the factor keeps its last good value",
+    "refresh_failures": "a decomposition failed, or a layer statistic was not finite; the factor keeps its last good "
+    "value",
 }
 
 
@@ -129,9 +131,9 @@ def memory_report(optimizer: PreconditionedOptimizer) -> MemoryReport:
         for views in b.columns().values():
             for piece, view in zip(b.pieces, views, strict=True):
                 size[piece.index] += view.numel() * view.element_size()
-        for name in streams(b, optimizer.param_groups[b.group]):
-            key = (b.device, b.dtype, name)
-            works[key] = max(works.get(key, 0), b.numel * b.dtype.itemsize)
+        for name, n in streams(b, optimizer.param_groups[b.group]).items():
+            key = place(b, name)
+            works[key] = max(works.get(key, 0), n * b.dtype.itemsize)
     rows = [MemoryRow(names[id(p)], tuple(p.shape), n) for p, n in zip(ghost.params, size, strict=True)]
     return MemoryReport(rows, sum(works.values()), sum(p.numel() for p in ghost.params))
 
@@ -153,11 +155,11 @@ def diagnostics(layout: Layout, groups: Sequence[Group]) -> dict[str, float]:
             continue
         waiting += int((b.s["count"] == 0).sum())
         hp = groups[b.group]
-        conditions += [c[b.s["seen"] > 0] for c in b.method.conditions(b.s, _resting(b, hp, b.s)).values()]
+        conditions += [c[b.s["seen"] > 0] for c in b.method.conditions(b.s, resting(b, hp, b.s)).values()]
         for phases in b.phases.values() if "refresh_every" in hp else ():
             for piece, phase in zip(b.pieces, phases, strict=True):
                 t = int(clock[piece.index])
-                stale = max(stale, t - last_refresh(b.method, int(hp["refresh_every"]), phase, t))
+                stale = max(stale, t - last_refresh(b.method, hp, phase, t))
     out["waiting_blocks"] = waiting
     out["steps_since_refresh_max"] = stale
     if conditions:
@@ -167,7 +169,7 @@ def diagnostics(layout: Layout, groups: Sequence[Group]) -> dict[str, float]:
     return {k: float(v) for k, v in out.items()}
 
 
-def _resting(b: BaseBucket, hp: Group, s: dict[str, Tensor]) -> Context:
+def resting(b: BaseBucket, hp: Group, s: dict[str, Tensor]) -> Context:
     """A context outside of a step."""
     count = s["count"]
     ones = torch.ones_like(count, dtype=b.dtype)
@@ -185,23 +187,46 @@ def operator(
     index = next((i for i, q in enumerate(layout.params) if q is p), None)
     if index is None:
         raise ValueError(f"the parameter of shape {tuple(p.shape)} is not a trainable parameter of this optimizer")
-    view = layout.treatments[index][2].view
+    t = layout.treatments[index][2]
+    if t.follows is not None:
+        lead = next(i for i, (_, _, other) in enumerate(layout.treatments) if other.joined == id(p))
+        return operator(layout, groups, layout.params[lead], kind)
+    view = t.view if t.joined is None else (*t.view[:-1], t.view[-1] + 1)
+    plain = t.joined is None and t.fold is None
+    return _operator(layout, groups, index, tuple(p.shape) if plain else view, view, kind)
+
+
+def _operator(
+    layout: Layout, groups: Sequence[Group], index: int, shape: tuple[int, ...], view: tuple[int, ...], kind: str
+) -> KroneckerOperator:
+    """The operator on a view of a parameter (with the column that is joined to it)."""
     blocks = []
     for b in layout.buckets:
         for r, piece in enumerate(b.pieces):
-            if piece.index == index:
-                bases, spectrum = _spectrum(b, r, groups[b.group], kind)
-                region = piece.region or tuple(slice(0, d) for d in view)
-                blocks.append(EigenBlock(region, bases, spectrum))
-    return KroneckerOperator(tuple(p.shape), view, blocks)
+            if piece.index != index:
+                continue
+            region = piece.strands[0].region or tuple(slice(0, d) for d in layout.treatments[index][2].view)
+            if len(piece.strands) > 1:
+                region = (*region[:-1], slice(region[-1].start, region[-1].stop + 1))
+            if piece.span is None:
+                blocks.append(EigenBlock(region, *_spectrum(b, r, groups[b.group], kind)))
+            for row in range(piece.span or 0):
+                bases, spectrum = _spectrum(b, r * (piece.span or 1) + row, groups[b.group], kind)
+                batched = {i + 1: q for i, q in bases.items()}
+                blocks.append(EigenBlock((slice(row, row + 1), *region[1:]), batched, spectrum[None]))
+    return KroneckerOperator(shape, view, blocks)
 
 
-def _spectrum(b: BaseBucket, r: int, hp: Group, kind: str) -> tuple[dict[int, Tensor], Tensor]:
-    flat = isinstance(b, FlatBucket)
+def _spectrum(b: BaseBucket, r: int, group: Group, kind: str) -> tuple[dict[int, Tensor], Tensor]:
+    flat, hp = isinstance(b, FlatBucket), hyperparameters(b, group)
     s = b.s if flat else {name: stack[r : r + 1] for name, stack in b.s.items()}
-    found = b.method.spectra(s, _resting(b, hp, s))
+    c = resting(b, hp, s)
+    held = b.method.held(s, c) if kind == "curvature" else None
+    if held is not None:
+        return {i: q[0] for i, q in held[0].items()}, held[1][0]
+    found = b.method.spectra(s, c)
     if found is None:
         raise NotImplementedError(f"{type(b.method).__name__} has no spectral view of its state")
     bases, *spectra = found
     spectrum = spectra[kind == "preconditioner"]
-    return {i: q[0] for i, q in bases.items()}, b.row(spectrum, r if flat else 0)
+    return {i: q[0] for i, q in bases.items()}, b.row(spectrum, r) if flat else spectrum[0]

@@ -6,15 +6,18 @@
     early    statistics and refreshes of rows that observe before they apply
     apply    momentum, direction, coupled decay, update clip
     late     statistics and refreshes of rows that apply before they observe
+    settle   what all buckets must agree on (KL clip), coupled decay, momentum that lives after the factor, update clip
     commit   decoupled decay and the update
 
+`advance` ends before `settle` for buckets that are held, until all have their directions; the others are completed.
 Decisions are device tensors taken before any state is touched: `ok` for the whole step, a gate per row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,40 +42,120 @@ def hyperparameters(b: BaseBucket, group: Group) -> Group:
     return {**group, "betas": betas, "lr": lr * group["fallback_lr_scale"], "max_update_rms": None}
 
 
-def step_bucket(
-    b: BaseBucket, plan: Plan, params: Sequence[Tensor], flags: Flags, group: Group, calls: Sequence[int]
-) -> None:
-    """One step of one bucket, from gradients to parameters."""
-    hp = hyperparameters(b, group)
-    present = [flags.grads[piece.index] is not None for piece in b.pieces]
-    if not any(present):
+@dataclass
+class Held:
+    """A bucket whose direction waits in its workspace to be settled.
+
+    Attributes:
+        bucket: The bucket.
+        hp: Its hyper-parameters.
+        rows: Pieces (of a flat bucket: rows) to be written.
+        taken: `(n,)`, 1 in rows that take part in this step, else 0.
+        slope: 0-d, inner product of the direction and the (averaged) gradient that it is made of.
+    """
+
+    bucket: BaseBucket
+    hp: Group
+    rows: list[int]
+    taken: Tensor
+    slope: Tensor | None = None
+
+
+def advance(
+    buckets: Sequence[BaseBucket],
+    plan: Plan,
+    params: Sequence[Tensor],
+    flags: Flags,
+    groups: Sequence[Group],
+    calls: Sequence[int],
+) -> list[Held]:
+    """From gradients to directions. Buckets that wait for no other one are completed at once, the others returned."""
+    held = []
+    for b in buckets:
+        hp = hyperparameters(b, groups[b.group])
+        present = flags.present
+        if not any(piece.present(present) for piece in b.pieces):
+            continue
+        if isinstance(b, FlatBucket) and _step_in_place(b, params, flags, hp, calls):
+            continue
+        plan.stage(b, params, flags)
+        grad = b.work["grad"]
+        if hp["maximize"]:
+            grad.neg_()
+        if hp["weight_decay_kind"] == "l2" and hp["weight_decay"] != 0:
+            grad.add_(b.work["param"], alpha=hp["weight_decay"])
+        if isinstance(b, FlatBucket):
+            found = _advance_flat(b, flags, hp, calls)
+        else:
+            assert isinstance(b, Bucket)
+            found = _advance(b, flags, hp, calls)
+        if b.held:
+            held.append(found)
+        else:
+            settle([found])
+            commit([found], plan, params, flags)
+    return held
+
+
+def settle(held: Sequence[Held]) -> None:
+    """From directions to updates, which stay in the workspaces."""
+    clipped = [h for h in held if h.slope is not None]
+    _clip_together([h for h in clipped if h.hp["norm_clip"] is not None], "norm_clip")
+    _clip_together([h for h in clipped if h.hp["kl_clip"] is not None], "kl_clip")
+    for h in held:
+        _settle(h)
+
+
+def commit(held: Sequence[Held], plan: Plan, params: Sequence[Tensor], flags: Flags) -> None:
+    """Decoupled decay and the updates."""
+    for h in held:
+        plan.commit(h.bucket, params, flags, h.hp, h.rows)
+
+
+def _clip_together(held: Sequence[Held], name: Literal["norm_clip", "kl_clip"]) -> None:
+    """Scale down all directions by what they have in common.
+
+    `<P m, m>` is the squared length of the direction in the curvature's own metric; times lr², to second order, twice
+    the divergence KL(p_old || p_new) of a step along it.
+    """
+    if not held:
         return
-    if isinstance(b, FlatBucket) and _step_in_place(b, params, flags, hp, present):
-        return
-    plan.stage(b, params, flags)
-    grad = b.work["grad"]
-    if hp["maximize"]:
-        grad.neg_()
-    if hp["weight_decay_kind"] == "l2" and hp["weight_decay"] != 0:
-        grad.add_(b.work["param"], alpha=hp["weight_decay"])
-    if isinstance(b, FlatBucket):
-        rows = _advance_flat(b, flags, hp, present)
-    else:
-        assert isinstance(b, Bucket)
-        rows = _advance(b, flags, hp, calls)
+    first, stretched = held[0].bucket.device, name == "kl_clip"
+    slopes = [h.slope.to(first) * (h.hp["lr"] ** 2 if stretched else 1.0) for h in held if h.slope is not None]
+    total = torch.stack([slope.double() for slope in slopes]).sum().abs()
+    for h in held:
+        limit = h.hp["kl_clip"] if stretched else h.hp["norm_clip"] ** 2
+        factor = (limit / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1.0)
+        update = h.bucket.work["update"]
+        update.mul_(factor.to(update.device, update.dtype))
+        if h.slope is not None:
+            h.slope = h.slope * factor.to(h.slope.device, h.slope.dtype) ** 2
+
+
+def _settle(h: Held) -> None:
+    """Coupled decay, momentum after the factor, update clip."""
+    b, hp, update = h.bucket, h.hp, h.bucket.work["update"]
+    if hp["weight_decay_kind"] == "coupled" and hp["weight_decay"] != 0:
+        update.add_(torch.where(b.expand(h.taken, update) > 0, b.work["param"], 0.0), alpha=hp["weight_decay"])
+    if b.method.momentum == "update":
+        update.copy_(_heavy_ball(b.s["momentum"], update, b.expand(h.taken, update) > 0, hp))
     _clip(b, hp)
-    plan.commit(b, params, flags, hp, rows)
 
 
-def _advance(b: Bucket, flags: Flags, hp: Group, calls: Sequence[int]) -> list[int]:
-    """All phases on stacked blocks; the update is left in the workspace. Returns the rows to be written."""
+def _advance(b: Bucket, flags: Flags, hp: Group, calls: Sequence[int]) -> Held:
+    """Statistics, refreshes and directions on stacked blocks; the directions are left in the workspace."""
     method, x = b.method, b.work
     schedule = plan_step(b, hp, calls, flags.present)
     ok = flags.ok[b.device]
     usable = b.norms(x["grad"]) > smallest_norm(b.dtype)
+    seen_gate = ok & usable
+    if "arrived" in x:
+        seen_gate = seen_gate & (x["arrived"] > 0)
+        usable = seen_gate | (usable & (b.s["seen"] > 0))
     # A row with no usable gradient yet waits wholly; later ones go on with momentum and decay, as in torch.
-    seen_gate = (ok & usable).to(b.dtype)
     gate = (ok & (usable | (b.s["count"] > 0))).to(b.dtype)
+    seen_gate = seen_gate.to(b.dtype)
+    taken = torch.zeros_like(gate)
 
     def parts(chosen: Sequence[Part], modes: Modes = b.modes, initial: bool = False) -> Iterator[_Rows]:
         for part in chosen:
@@ -103,12 +186,19 @@ def _advance(b: Bucket, flags: Flags, hp: Group, calls: Sequence[int]) -> list[i
                     flag[rows.part] *= screened[1].to(flag.dtype)
     observe(schedule.early)
     refresh(schedule.early_refresh)
+    slope = x["grad"].new_zeros(())
+    if b.held:
+        x["update"].zero_()
     for rows in parts(schedule.apply):
         rows.s["count"].add_(rows.c.gate.to(torch.float32))
-        rows.put_update(_direction(b, rows.s, rows.x, rows.c))
+        taken[rows.part] = rows.c.gate
+        update, moment = _direction(b, rows.s, rows.x, rows.c)
+        rows.put_update(update)
+        if b.held:
+            slope = slope + (update * moment).sum()
     observe(schedule.late)
     refresh(schedule.late_refresh)
-    return schedule.written
+    return Held(b, hp, schedule.written, taken, slope if b.held else None)
 
 
 class _Rows:
@@ -134,28 +224,28 @@ class _Rows:
         self.b.work["update"][self.part] = update
 
 
-def _direction(b: BaseBucket, s: State, x: dict[str, Tensor], c: Context) -> Tensor:
-    """Momentum, the method's direction, coupled decay and clip; exactly zero where a row's gate is 0."""
-    method, hp = b.method, c.hp
-    moment = _momentum(s["momentum"], x["grad"], c, debias=True) if method.momentum == "gradient" else x["grad"]
+def _direction(b: BaseBucket, s: State, x: dict[str, Tensor], c: Context) -> tuple[Tensor, Tensor]:
+    """The method's direction, exactly zero where a row's gate is 0, and the (averaged) gradient it is made of."""
+    method = b.method
+    moment = _average(s["momentum"], x["grad"], c) if method.momentum == "gradient" else x["grad"]
     u = method.apply(s, moment, x, c)
-    if hp["weight_decay_kind"] == "coupled" and hp["weight_decay"] != 0:
-        u = u + hp["weight_decay"] * x["param"]
-    if method.momentum == "update":
-        u = _momentum(s["momentum"], u, c, debias=False)
     # where, not a product: the direction of a row that waits may be inf or nan, and inf * 0 is nan.
-    return torch.where(c.expand(c.gate, u) > 0, u, 0.0)
+    return torch.where(c.expand(c.gate, u) > 0, u, 0.0), moment
 
 
-def _momentum(m: Tensor, new: Tensor, c: Context, debias: bool) -> Tensor:
-    """Momentum before the factor (a debiased average) or after it (heavy ball), with Nesterov's look-ahead if asked."""
+def _average(m: Tensor, new: Tensor, c: Context) -> Tensor:
+    """Momentum before the factor, a debiased average, with Nesterov's look-ahead if asked."""
     beta = c.hp["betas"][0]
-    if debias:
-        m.lerp_(new, c.expand(c.rate(beta, c.count), m))
-        return m * beta + new * (1 - beta) if c.hp["nesterov"] else m
-    # m <- gate (beta m + new) + (1 - gate) m, in increments so that a gate of 0 keeps the bits
-    m.add_(torch.where(c.expand(c.gate, m) > 0, (beta - 1) * m + new, 0.0))
-    return new + beta * m if c.hp["nesterov"] else m
+    m.lerp_(new, c.expand(c.rate(beta, c.count), m))
+    return m * beta + new * (1 - beta) if c.hp.get("nesterov") else m
+
+
+def _heavy_ball(m: Tensor, new: Tensor, taken: Tensor, hp: Group) -> Tensor:
+    """Momentum after the factor, `m <- β m + new`, with Nesterov's look-ahead if asked; zero in rows not taken."""
+    beta = hp["betas"][0]
+    # in increments, so that rows that are not taken keep their bits
+    m.add_(torch.where(taken, (beta - 1) * m + new, 0.0))
+    return torch.where(taken, new + beta * m if hp.get("nesterov") else m, 0.0)
 
 
 def _clip(b: BaseBucket, hp: Group) -> None:
@@ -167,20 +257,27 @@ def _clip(b: BaseBucket, hp: Group) -> None:
         update.mul_(b.expand((limit / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_max(1.0), update))
 
 
-def _advance_flat(b: FlatBucket, flags: Flags, hp: Group, present: Sequence[bool]) -> list[int]:
-    """An element-wise method on parameters laid end to end. Returns the rows to be written."""
+def _stepping(b: FlatBucket, flags: Flags, hp: Group, calls: Sequence[int]) -> list[bool]:
+    """For every row, whether it takes this step: it has a gradient, and waits no longer."""
+    waits = b.method.waits(hp)
+    return [flags.grads[piece.index] is not None and calls[piece.index] > waits for piece in b.pieces]
+
+
+def _advance_flat(b: FlatBucket, flags: Flags, hp: Group, calls: Sequence[int]) -> Held:
+    """An element-wise method on parameters laid end to end."""
+    present = _stepping(b, flags, hp, calls)
     gate = flags.ok[b.device].to(b.dtype).expand(b.rows)
     if not all(present):
         gate = gate * torch.tensor(present, dtype=b.dtype).to(b.device)
     b.s["count"].add_(gate.to(torch.float32))
     c = Context(hp, (), gate, gate, b.s["count"], b.s["count"], expand=b.expand)
     x = {name: work for name, work in b.work.items() if name != "update"}
-    b.work["update"].copy_(_direction(b, b.s, x, c))
-    return [r for r, here in enumerate(present) if here]
+    b.work["update"].copy_(_direction(b, b.s, x, c)[0])
+    return Held(b, hp, [r for r, here in enumerate(present) if here], gate)
 
 
 def _step_in_place(
-    b: FlatBucket, params: Sequence[Tensor], flags: Flags, hp: Group, present: Sequence[bool]
+    b: FlatBucket, params: Sequence[Tensor], flags: Flags, hp: Group, calls: Sequence[int]
 ) -> bool:
     """Let the method's multi-tensor kernel work on the parameters' own storage, where it can."""
     in_place = getattr(b.method, "step_in_place", None)
@@ -188,7 +285,10 @@ def _step_in_place(
         return False
     if hp["weight_decay"] != 0 and hp["weight_decay_kind"] != "decoupled":
         return False
+    present = _stepping(b, flags, hp, calls)
     rows = [r for r, here in enumerate(present) if here]
+    if not rows:
+        return True
     ok = flags.ok[b.device]
     taken = ok.to(torch.float32)
     if len(rows) == b.rows:

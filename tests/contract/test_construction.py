@@ -32,6 +32,8 @@ BAD_VALUES = [
     (dict(weight_decay=math.nan), "Invalid weight_decay value: nan"),
 ]
 
+OBJECTS = ("module", "process_group", "grad_scaler")  # arguments that are no value of a group
+
 
 def options(cls):
     return {**cls.shared_options, **cls.own_options}
@@ -101,9 +103,9 @@ class TestValues:
                 case.make(parameters(), **{name: True})
 
     def test_only_lr_and_betas_are_positional(self, case):
-        case.cls(parameters(), 0.1, (0.9, 0.99))
+        case.build(parameters(), 0.1, (0.9, 0.99))
         with pytest.raises(TypeError):
-            case.cls(parameters(), 0.1, (0.9, 0.99), 1e-8)
+            case.build(parameters(), 0.1, (0.9, 0.99), 1e-8)
 
 
 class TestParams:
@@ -149,7 +151,7 @@ class TestParams:
 
 class TestDescription:
     def test_signature_lists_every_option_with_its_default(self, case):
-        optimizer = case.cls(parameters())
+        optimizer = case.build(parameters())
         for signature in (inspect.signature(case.cls), inspect.signature(case.cls.__init__)):
             assert all(p.kind is not p.VAR_KEYWORD for p in signature.parameters.values())
             for name, option in case.cls.shared_options.items():
@@ -157,7 +159,7 @@ class TestDescription:
                 assert parameter.kind is parameter.KEYWORD_ONLY
                 assert parameter.default == option.default
             for name, parameter in signature.parameters.items():
-                if name not in ("self", "params", "module"):
+                if name not in ("self", "params", *OBJECTS):
                     assert optimizer.defaults[name] == parameter.default, name
 
     def test_help_documents_every_argument(self, case):
@@ -171,7 +173,7 @@ class TestDescription:
         model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 2))
         x = torch.randn(64, 6)
         y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin()], 1)
-        optimizer = case.cls(model.parameters())
+        optimizer = case.build(model.parameters())
         losses = []
         for _ in range(150):
             loss = (model(x) - y).square().mean()

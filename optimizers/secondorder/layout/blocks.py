@@ -10,11 +10,36 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from secondorder.preconditioner.structures import structure_names
 
 Region = tuple[slice, ...]
 
 _AXES = "rcxyzw"  # names of a tile's axes in state keys: row, column, then further axes
+
+
+class Fold(NamedTuple):
+    """How a parameter becomes its view when a reshape is not enough (a transposed convolution's weight).
+
+    Attributes:
+        split: Shape in which the parameter is seen first.
+        order: Permutation of those axes; what comes out is reshaped to the view.
+    """
+
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def apply(self, tensor: Tensor, view: tuple[int, ...]) -> Tensor:
+        """The view; a copy where axes that are merged are not neighbours."""
+        return tensor.reshape(self.split).permute(self.order).reshape(view)
+
+    def undo(self, viewed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The parameter's shape again."""
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return viewed.view([self.split[i] for i in self.order]).permute(back).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -28,6 +53,11 @@ class Treatment:
         reason: One line for `coverage()`.
         fallback: True where the parameter is left to the fallback method.
         diagonal: Axes of a block that carry a diagonal factor.
+        batched: The view's first axis counts independent blocks (groups of a convolution), each with factors of its
+            own: `modes`, `diagonal` and block shapes leave it out.
+        fold: How the parameter becomes its view, where a reshape is not enough.
+        joined: `id` of a parameter that is one more column of the last axis, as a bias is of `[W | b]`, or None.
+        follows: `id` of the parameter that this one is joined to, or None.
     """
 
     view: tuple[int, ...]
@@ -36,6 +66,10 @@ class Treatment:
     reason: str
     fallback: bool = False
     diagonal: tuple[int, ...] = ()
+    batched: bool = False
+    fold: Fold | None = None
+    joined: int | None = None
+    follows: int | None = None
 
     @property
     def split(self) -> bool:
@@ -50,7 +84,7 @@ class Treatment:
             ranges.append([slice(end - size, end) for size, end in zip(pieces, ends, strict=True)])
         out = []
         for index in product(*(range(len(r)) for r in ranges)):
-            key = "tile_" + "_".join(f"{axis}{j}" for axis, j in zip(_AXES, index, strict=False))
+            key = "tile_" + "_".join(f"{axis}{j}" for axis, j in zip(_AXES, index[self.batched :], strict=False))
             out.append((key, tuple(r[j] for r, j in zip(ranges, index, strict=True))))
         return out
 
@@ -144,6 +178,42 @@ def two_sided_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | 
     modes = tuple(i for i in (0, 1) if i not in diagonal)
     note = f", diagonal on the side of {matrix[long]} (a vocabulary)" if diagonal else ""
     return _cut(shape, matrix, modes, diagonal, hp["max_block_size"], note)
+
+
+def tensor_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | None) -> Treatment:
+    """Tensors in blocks that keep their axes, with a factor on every one, structured as the group says.
+
+    Args:
+        shape: The parameter's shape. Size-1 axes are dropped.
+        hp: Options of its group: `structures` (a name for all axes, or one for each, the last one for further axes),
+            `vectors` (the structure of what has one axis, or `"fallback"`), `max_block_size`, `max_precond_dim`.
+        role: `"embedding"`, `"head"`, `"hidden"`, or None where nobody said; the longest side of an embedding or a
+            head is its vocabulary, and so is any side beyond `max_precond_dim` of a parameter of unknown role: it has a
+            diagonal factor. Sides with a dense factor are cut evenly to at most `max_block_size`, others stay whole.
+    """
+    sides = tuple(d for d in shape if d != 1)
+    if 0 in shape:
+        return whole(shape, "empty")
+    if not sides or len(sides) > len(_AXES):
+        return whole(shape, "a scalar has no axis" if not sides else f"more than {len(_AXES)} axes")
+    if len(sides) == 1 and hp["vectors"] == "fallback":
+        return whole(shape, "a vector (vectors='fallback')")
+    names = structure_names(hp["structures"] if len(sides) > 1 else hp["vectors"], len(sides))
+    limit = hp["max_precond_dim"]
+    longest = sides.index(max(sides))
+    vocabulary = [i for i, d in enumerate(sides) if role is None and limit is not None and d > limit]
+    if role in ("embedding", "head") and len(sides) > 1:
+        vocabulary = [longest]
+    diagonal = tuple(i for i, name in enumerate(names) if name == "diagonal" or i in vocabulary)
+    modes = tuple(i for i in range(len(sides)) if i not in diagonal)
+    dense = [i for i in modes if names[i] == "dense"]
+    cuts = tuple(even_cuts(d, hp["max_block_size"]) if i in dense else (d,) for i, d in enumerate(sides))
+    kinds = ("diagonal (a vocabulary)" if i in vocabulary else name for i, name in enumerate(names))
+    reason = " x ".join(map(str, sides)) + ": " + " x ".join(kinds)
+    count = math.prod(len(pieces) for pieces in cuts)
+    if count > 1:
+        reason += f", cut into {count} blocks of at most {hp['max_block_size']}"
+    return Treatment(sides, cuts, modes, reason, diagonal=diagonal)
 
 
 def elementwise_blocks(shape: tuple[int, ...], hp: Mapping[str, Any], role: str | None) -> Treatment:

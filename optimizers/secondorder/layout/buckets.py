@@ -8,13 +8,13 @@ to end, whatever their shapes. To the step they look the same: named state tenso
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secondorder.layout.blocks import Region, Treatment
+from secondorder.layout.blocks import Fold, Region, Treatment
 from secondorder.preconditioner.protocol import Method, Modes, Spec, expand_rows
 
 COUNTERS = ("count", "seen", "failures")
@@ -24,44 +24,105 @@ Part = slice | Tensor  # contiguous rows, or an index of rows
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One row of a bucket: a region of a parameter's view.
+class Strand:
+    """A region of one parameter, and where it lies in a block.
 
     Attributes:
         index: Position of the parameter among all parameters.
         view: The shape in which the parameter is cut.
         region: Slices of the view, or None for all of it.
-        key: Key of the tile in `state[p]`, or None where the parameter is one block.
-        block: Shape of the piece.
         viewable: The parameter's memory can be viewed so; else it is written through a copy.
+        into: Slices of the block, or None for all of it.
+        fold: How the parameter becomes its view, where a reshape is not enough.
     """
 
     index: int
     view: tuple[int, ...]
     region: Region | None
-    key: str | None
-    block: tuple[int, ...]
     viewable: bool
+    into: tuple[Any, ...] | None = None
+    fold: Fold | None = None
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """The view of a tensor that has the parameter's shape; a copy where it needs one."""
+        if self.fold is not None:
+            return self.fold.apply(tensor, self.view)
+        return tensor if tensor.shape == self.view else tensor.reshape(self.view)
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor that has the parameter's shape; a copy where the view needs one."""
-        viewed = tensor if tensor.shape == self.view else tensor.reshape(self.view)
+        """This region of a tensor that has the parameter's shape; a copy where the view needs one."""
+        viewed = self.unfold(tensor)
         return viewed if self.region is None else viewed[self.region]
 
+    def place(self, block: Tensor) -> Tensor:
+        """Where this region lies in a block."""
+        return block if self.into is None else block[self.into]
 
-def cut_pieces(index: int, p: Tensor, treatment: Treatment) -> list[Piece]:
-    """The pieces of one parameter, in the order of its grid."""
+
+@dataclass(frozen=True)
+class Piece:
+    """A block, or a stack of equal ones: the rows of a bucket that belong to one tile of a parameter.
+
+    Attributes:
+        strands: What it is made of; the first one's parameter leads: it keeps the state.
+        key: Key of the tile in `state[p]`, or None where the parameter has only one.
+        block: Shape of a block.
+        span: Number of rows, None for a single one without an axis of its own in `state[p]`.
+    """
+
+    strands: tuple[Strand, ...]
+    key: str | None
+    block: tuple[int, ...]
+    span: int | None = None
+
+    @property
+    def index(self) -> int:
+        """Position of the leading parameter."""
+        return self.strands[0].index
+
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Where the piece begins in the parameter's view."""
+        region = self.strands[0].region
+        return () if region is None else tuple(cut.start for cut in region)
+
+    def present(self, present: Sequence[bool]) -> bool:
+        """Whether any of its parameters has a gradient."""
+        return any(present[strand.index] for strand in self.strands)
+
+
+def cut_pieces(index: int, p: Tensor, treatment: Treatment, joined: tuple[int, Tensor] | None = None) -> list[Piece]:
+    """The pieces of one parameter (and of the one joined to it), in the order of its grid."""
+    view, fold = treatment.view, treatment.fold
+    viewable = _viewable(p, view, fold)
+    span = view[0] if treatment.batched else None
+    pieces = []
+    for key, region in treatment.tiles():
+        shape = tuple(cut.stop - cut.start for cut in region)
+        whole = not treatment.split
+        strands = [Strand(index, view, None if whole else region, viewable, fold=fold)]
+        if joined is not None:
+            last = shape[-1]
+            strands[0] = replace(strands[0], into=(..., slice(0, last)))
+            if region[-1].stop == view[-1]:
+                follower, column = (*view[:-1], 1), (*region[:-1], slice(0, 1))
+                there = _viewable(joined[1], follower, None)
+                strands.append(Strand(joined[0], follower, column, there, (..., slice(last, last + 1))))
+                shape = (*shape[:-1], last + 1)
+        block = shape[1:] if treatment.batched else shape
+        pieces.append(Piece(tuple(strands), key if treatment.split else None, block, span))
+    return pieces
+
+
+def _viewable(p: Tensor, view: tuple[int, ...], fold: Fold | None) -> bool:
     try:
-        p.detach().view(treatment.view)
-        viewable = True
+        if fold is None:
+            p.detach().view(view)
+        else:
+            p.detach().view(fold.split).permute(fold.order).view(view)
     except RuntimeError:
-        viewable = False
-    if not treatment.split:
-        return [Piece(index, treatment.view, None, None, treatment.view, viewable)]
-    return [
-        Piece(index, treatment.view, region, key, tuple(cut.stop - cut.start for cut in region), viewable)
-        for key, region in treatment.tiles()
-    ]
+        return False
+    return True
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -82,11 +143,13 @@ class BaseBucket:
         param_dtype: Dtype of the parameters.
         dtype: Dtype of state and products.
         device: Where.
-        pieces: One entry per row.
+        pieces: What the rows are made of: one entry per row, or per `span` rows.
         s: State by name, allocated by `allocate`.
-        phases: For each mode, the refresh phase of every row (see `layout.schedule`).
+        phases: For each mode, the refresh phase of every piece (see `layout.schedule`).
         work: Workspaces by stream, shared with other buckets: valid while this bucket is at work.
-        work_rows: Their rows, in the shapes of the pieces.
+        work_rows: Their parts, in the shapes of the pieces.
+        strands: `(piece, strand)` of every strand; `work_rows` has their places in the same order.
+        held: Streams with workspaces of their own: the update waits there until all buckets have theirs (see `_step`).
     """
 
     group: int
@@ -101,6 +164,8 @@ class BaseBucket:
     phases: dict[int, list[int]] = field(default_factory=dict)
     work: dict[str, Tensor] = field(default_factory=dict, repr=False)
     work_rows: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+    strands: list[tuple[int, Strand]] = field(default_factory=list, repr=False)
+    held: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,17 +194,30 @@ class BaseBucket:
         """Views of every row's state, by name; made once, they are what `state[p]` holds."""
         raise NotImplementedError
 
+    def streams(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a row of the statistics that the plan brings, by name."""
+        return {}
+
     def bind(self, workspaces: Mapping[str, Tensor]) -> None:
-        """Use these flat workspaces for `grad`, `update` and (where there is one) `param`."""
-        self.work = {name: self.stacked(flat[: self.numel]) for name, flat in workspaces.items()}
-        self.work_rows = {name: [self.row(work, r) for r in range(self.rows)] for name, work in self.work.items()}
+        """Use these flat workspaces for `grad`, `update`, (where there is one) `param`, and statistics."""
+        self.strands = [(r, strand) for r, piece in enumerate(self.pieces) for strand in piece.strands]
+        self.work, self.work_rows = {}, {}
+        shapes = self.streams()
+        for name, flat in workspaces.items():
+            if name in shapes:
+                self.work[name] = flat.view(self.rows, *shapes[name])
+                self.work_rows[name] = [self.row(self.work[name], r) for r in range(len(self.pieces))]
+                continue
+            self.work[name] = self.stacked(flat)
+            rows = [self.row(self.work[name], r) for r in range(len(self.pieces))]
+            self.work_rows[name] = [strand.place(rows[r]) for r, strand in self.strands]
 
     def stacked(self, flat: Tensor) -> Tensor:
         """A flat workspace in the shape of the bucket."""
         raise NotImplementedError
 
-    def row(self, work: Tensor, row: int) -> Tensor:
-        """One row of a workspace, in the shape of its piece."""
+    def row(self, work: Tensor, piece: int) -> Tensor:
+        """The rows of one piece of a workspace, in the piece's shape."""
         raise NotImplementedError
 
     def expand(self, r: Tensor, like: Tensor) -> Tensor:
@@ -161,16 +239,27 @@ class Bucket(BaseBucket):
 
     Attributes:
         shape: Shape of every block.
+        span: Rows of every piece, None for single rows.
         steady: Schedules of past calls that come again (see `layout.schedule`).
     """
 
     shape: tuple[int, ...] = ()
+    span: int | None = None
     steady: dict[tuple[bool, int, int], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """See `BaseBucket`."""
+        return len(self.pieces) * (self.span or 1)
 
     @property
     def numel(self) -> int:
         """See `BaseBucket`."""
         return self.rows * torch.Size(self.shape).numel()
+
+    def streams(self) -> dict[str, tuple[int, ...]]:
+        """See `BaseBucket`."""
+        return self.method.statistics(self.shape, self.modes, self.diagonal)
 
     def specs(self, hp: Mapping[str, Any]) -> dict[str, Spec]:
         """See `BaseBucket`."""
@@ -181,8 +270,10 @@ class Bucket(BaseBucket):
         """See `BaseBucket`."""
         self.s = {k: torch.zeros(self.rows, dtype=torch.float32, device=self.device) for k in COUNTERS}
         for name, spec in self.specs(hp).items():
-            stack = torch.zeros((self.rows, *spec.shape), dtype=self.dtype, device=self.device)
-            if spec.init == "eye":
+            stack = torch.zeros((self.rows, *spec.shape), dtype=spec.dtype or self.dtype, device=self.device)
+            if callable(spec.init):
+                stack.copy_(spec.init(dtype=self.dtype, device=self.device))
+            elif spec.init == "eye":
                 stack.diagonal(dim1=-2, dim2=-1).fill_(1)
             elif spec.init:
                 stack.fill_(spec.init)
@@ -190,15 +281,17 @@ class Bucket(BaseBucket):
 
     def columns(self) -> dict[str, list[Tensor]]:
         """See `BaseBucket`."""
-        return {name: list(stack.unbind(0)) for name, stack in self.s.items()}
+        if self.span is None:
+            return {name: list(stack.unbind(0)) for name, stack in self.s.items()}
+        return {name: list(stack.split(self.span)) for name, stack in self.s.items()}
 
     def stacked(self, flat: Tensor) -> Tensor:
         """See `BaseBucket`."""
         return flat.view(self.rows, *self.shape)
 
-    def row(self, work: Tensor, row: int) -> Tensor:
+    def row(self, work: Tensor, piece: int) -> Tensor:
         """See `BaseBucket`."""
-        return work[row]
+        return work[piece] if self.span is None else work[piece * self.span : (piece + 1) * self.span]
 
     def expand(self, r: Tensor, like: Tensor) -> Tensor:
         """See `BaseBucket`."""
@@ -206,7 +299,9 @@ class Bucket(BaseBucket):
 
     def norms(self, work: Tensor) -> Tensor:
         """See `BaseBucket`."""
-        return torch.linalg.vector_norm(work.flatten(1), dim=1)
+        # Summed in float64: in float32 the order of a sum, and with it the last bit, hangs on the row's address.
+        wide = work.dtype if work.device.type == "mps" else torch.float64
+        return torch.linalg.vector_norm(work.flatten(1), dim=1, dtype=wide).to(work.dtype)
 
     def row_numel(self) -> Tensor | float:
         """See `BaseBucket`."""
@@ -223,17 +318,18 @@ class Bucket(BaseBucket):
         for k, t in self.s.items():
             t.index_copy_(0, part, taken[k])
 
-    def parts(self, rows: Sequence[int]) -> list[Part]:
-        """Ascending rows as contiguous ranges, or as one index where there are many ranges."""
-        ranges: list[Part] = []
-        for r in rows:
-            if ranges and ranges[-1].stop == r:  # type: ignore[union-attr]
-                ranges[-1] = slice(ranges[-1].start, r + 1)  # type: ignore[union-attr]
+    def parts(self, pieces: Sequence[int]) -> list[Part]:
+        """The rows of ascending pieces as contiguous ranges, or as one index where there are many ranges."""
+        span = self.span or 1
+        ranges: list[slice] = []
+        for r in pieces:
+            if ranges and ranges[-1].stop == r * span:
+                ranges[-1] = slice(ranges[-1].start, (r + 1) * span)
             else:
-                ranges.append(slice(r, r + 1))
+                ranges.append(slice(r * span, (r + 1) * span))
         if len(ranges) <= _MOST_RANGES:
-            return ranges
-        return [torch.tensor(list(rows)).to(self.device)]
+            return list(ranges)
+        return [torch.tensor([row for cut in ranges for row in range(cut.start, cut.stop)]).to(self.device)]
 
 
 @dataclass
@@ -274,7 +370,8 @@ class FlatBucket(BaseBucket):
         """See `BaseBucket`."""
         self.s = {"count": torch.zeros(self.rows, dtype=torch.float32, device=self.device)}
         for name, spec in self.specs(hp).items():
-            self.s[name] = torch.full(spec.shape, float(spec.init), dtype=self.dtype, device=self.device)
+            start = float(spec.init)  # type: ignore[arg-type]
+            self.s[name] = torch.full(spec.shape, start, dtype=self.dtype, device=self.device)
         self.lengths = torch.tensor(self.sizes).to(self.device)
         self.row_state = {
             name: list(t.unbind(0)) if name == "count" else [self.row(t, r) for r in range(self.rows)]
@@ -289,11 +386,11 @@ class FlatBucket(BaseBucket):
         """See `BaseBucket`."""
         return flat
 
-    def row(self, work: Tensor, row: int) -> Tensor:
+    def row(self, work: Tensor, piece: int) -> Tensor:
         """See `BaseBucket`."""
-        size = self.sizes[row]
-        start = self._starts[row]
-        return work[start : start + size].view(self.pieces[row].block)
+        size = self.sizes[piece]
+        start = self._starts[piece]
+        return work[start : start + size].view(self.pieces[piece].block)
 
     def expand(self, r: Tensor, like: Tensor) -> Tensor:
         """See `BaseBucket`."""

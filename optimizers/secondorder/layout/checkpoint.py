@@ -80,6 +80,12 @@ def adoptable(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     return out
 
 
+def by_parameter(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Any]:
+    """The entries of a state dict by the parameter that they are for, as they are."""
+    params = _parameters_by_saved_id(state_dict, groups)
+    return {params[key]: entry for key, entry in state_dict["state"].items() if key in params}
+
+
 def _take(saved: Mapping[str, Any], ours: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in saved.items():

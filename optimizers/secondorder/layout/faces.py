@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Layout:
         self._dicts: list[tuple[Tensor, dict[str, Any]]] = []
         self._own: list[dict[str, Any]] = []
         self._adopting: set[int] = set()  # parameters that bring state along
-        self._workspaces: dict[tuple[torch.device, torch.dtype, str], Tensor] = {}
+        self._workspaces: dict[tuple[Any, ...], Tensor] = {}
 
     def current(self, groups: Sequence[Group], state: ParamState, treat: Treat) -> Layout:
         """Bring layout and state up to date; cheap when nothing changed."""
@@ -138,6 +139,7 @@ class Layout:
     def _make_buckets(self) -> list[BaseBucket]:
         stacked: dict[Any, Bucket] = {}
         flat: dict[Any, list[FlatBucket]] = defaultdict(list)
+        at = {id(p): i for i, p in enumerate(self.params)}
         for i, (p, (gi, method, treatment)) in enumerate(zip(self.params, self.treatments, strict=True)):
             kind = (gi, method, treatment.fallback)
             where = (p.dtype, p.device)
@@ -148,24 +150,31 @@ class Layout:
                     rows.append(FlatBucket(*kind, (), (), *where, fusible=fusible))
                 rows[-1].pieces.extend(cut_pieces(i, p, treatment))
                 continue
-            for piece in self.plan.own(cut_pieces(i, p, treatment)):
-                key = (kind, treatment.modes, treatment.diagonal, where, piece.block)
+            if treatment.follows is not None:
+                continue
+            other = None if treatment.joined is None else at[treatment.joined]
+            joined = None if other is None else (other, self.params[other])
+            for piece in self.plan.own(cut_pieces(i, p, treatment, joined)):
+                key = (kind, treatment.modes, treatment.diagonal, where, piece.block, piece.span)
                 if key not in stacked:
-                    stacked[key] = Bucket(*kind, treatment.modes, treatment.diagonal, *where, shape=piece.block)
+                    modes = (treatment.modes, treatment.diagonal)
+                    stacked[key] = Bucket(*kind, *modes, *where, shape=piece.block, span=piece.span)
                 stacked[key].pieces.append(piece)
         return [*stacked.values(), *(b for rows in flat.values() for b in rows)]
 
     def _bind_workspaces(self, groups: Sequence[Group]) -> None:
         """Workspaces as large as the largest bucket, shared by all buckets of a device and dtype."""
-        sizes: dict[tuple[torch.device, torch.dtype, str], int] = {}
+        sizes: dict[tuple[Any, ...], int] = {}
+        wanted = []
         for b in self.buckets:
-            for name in streams(b, groups[b.group]):
-                key = (b.device, b.dtype, name)
-                sizes[key] = max(sizes.get(key, 0), b.numel)
+            hp = groups[b.group]
+            b.held = () if b.fallback else _held(hp)
+            wanted.append([(name, n, place(b, name)) for name, n in streams(b, hp).items()])
+            for _, n, key in wanted[-1]:
+                sizes[key] = max(sizes.get(key, 0), n)
         self._workspaces = {k: torch.empty(n, dtype=k[1], device=k[0]) for k, n in sizes.items()}
-        for b in self.buckets:
-            names = streams(b, groups[b.group])
-            b.bind({name: self._workspaces[b.device, b.dtype, name] for name in names})
+        for b, names in zip(self.buckets, wanted, strict=True):
+            b.bind({name: self._workspaces[key][:n] for name, n, key in names})
 
     def entries(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """`(parameter, its entries in the stacks, nested by tile)` of all parameters that are laid out."""
@@ -187,7 +196,14 @@ class Layout:
                     real[id(known[id(p)])] = (p, g, gi, pi)
             ghosts.append({**g, "params": [known[id(p)] for p in g["params"] if id(p) in known]})
         layout = cls(plan)
-        layout.current(ghosts, defaultdict(dict), lambda p, g, gi, pi: treat(*real[id(p)]))
+
+        def treated(p: Tensor, g: Group, gi: int, pi: int) -> tuple[Method, Treatment]:
+            method, treatment = treat(*real[id(p)])
+            if treatment.joined is not None:
+                treatment = replace(treatment, joined=id(known[treatment.joined]))
+            return method, treatment
+
+        layout.current(ghosts, defaultdict(dict), treated)
         layout.params = [real[id(p)][0] for p in layout.params]
         return layout
 
@@ -223,21 +239,47 @@ class Layout:
             self.clock.add_(torch.tensor(present, dtype=self.clock.dtype))
 
 
-def streams(b: BaseBucket, hp: Group) -> tuple[str, ...]:
-    """Workspaces of a bucket: gradient, update, the method's own, the parameter where decay or method reads it."""
-    reads = "param" in b.method.streams or _couples_decay(hp)
-    return ("grad", "update", *b.method.works, *(("param",) if reads else ()))
+def streams(b: BaseBucket, hp: Group) -> dict[str, int]:
+    """Workspaces of a bucket and how many elements each has.
+
+    Gradient, update, the method's own, statistics, and the parameter where decay or the method reads it.
+    """
+    reads = "param" in b.method.streams or _reads_param(hp)
+    names = ("grad", "update", *b.method.works, *(("param",) if reads else ()))
+    return {
+        **dict.fromkeys(names, b.numel),
+        **{name: b.rows * torch.Size(shape).numel() for name, shape in b.streams().items()},
+    }
 
 
-def _couples_decay(hp: Group) -> bool:
-    return hp["weight_decay_kind"] != "decoupled" and hp["weight_decay"] != 0
+def place(b: BaseBucket, name: str) -> tuple[Any, ...]:
+    """The key of a workspace: shared by all buckets, but what is held is its bucket's own."""
+    own = (id(b),) if name in b.held else ()
+    return (b.device, b.dtype, name, *own)
+
+
+def _held(hp: Group) -> tuple[str, ...]:
+    """Streams of a bucket that are needed when all buckets have their directions."""
+    if _modelled(hp):
+        return ("update", "param", "grad")
+    return () if hp.get("kl_clip") is None and hp.get("norm_clip") is None else ("update", "param")
+
+
+def _modelled(hp: Group) -> bool:
+    return bool(hp.get("adapt_damping")) or hp.get("quadratic_model") is not None
+
+
+def _reads_param(hp: Group) -> bool:
+    return hp["weight_decay"] != 0 and (hp["weight_decay_kind"] != "decoupled" or _modelled(hp))
 
 
 def _signature(groups: Sequence[Group]) -> tuple[Any, ...]:
     """What a layout depends on that can change between two steps."""
-    return tuple(
-        (_couples_decay(g), g.get("refresh"), g.get("refresh_every"), *map(_facts, g["params"])) for g in groups
-    )
+    return tuple((*_settings(g), *map(_facts, g["params"])) for g in groups)
+
+
+def _settings(g: Group) -> tuple[Any, ...]:
+    return _reads_param(g), _held(g), g.get("refresh"), g.get("refresh_every")
 
 
 def _facts(p: Tensor) -> tuple[Any, ...]:

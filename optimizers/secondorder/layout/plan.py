@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from secondorder.layout.buckets import BaseBucket, Piece, factor_dtype
+from secondorder.curvature.layer import Sums
+from secondorder.layout.buckets import BaseBucket, Piece, Strand, factor_dtype
 
 Group = dict[str, Any]
 
@@ -33,12 +34,14 @@ class Flags:
         ok: By device, a 0-d bool: all gradients are finite and their norms in the usable range.
         gradient_norm: 0-d, Euclidean norm of all gradients together.
         norms: `(indices of parameters, usable, their gradient norms)` by device and dtype, to name the culprits.
+        sums: Layer statistics of this step by index of the leading parameter.
     """
 
     grads: list[Tensor | None]
     ok: dict[torch.device, Tensor]
     gradient_norm: Tensor | None
     norms: list[tuple[list[int], Tensor, Tensor]]
+    sums: Mapping[int, Sums] = field(default_factory=dict)
 
     @property
     def present(self) -> list[bool]:
@@ -110,25 +113,30 @@ class SinglePlan:
 
     def stage(self, b: BaseBucket, params: Sequence[Tensor], flags: Flags) -> None:
         """See `Plan`."""
-        rows = [r for r, piece in enumerate(b.pieces) if flags.grads[piece.index] is not None]
-        if len(rows) < b.rows:
+        found = [(j, strand, flags.grads[strand.index]) for j, (_, strand) in enumerate(b.strands)]
+        here = [(j, strand.cut(g)) for j, strand, g in found if g is not None]
+        if len(here) < len(found):
             b.work["grad"].zero_()
-        sources = [b.pieces[r].cut(flags.grads[b.pieces[r].index]) for r in rows]  # type: ignore[arg-type]
-        torch._foreach_copy_([b.work_rows["grad"][r] for r in rows], sources)
+        torch._foreach_copy_([b.work_rows["grad"][j] for j, _ in here], [g for _, g in here])
         # A rate of 0 does not protect an average from a nan: lerp_(nan, 0) is nan. So bad streams become zeros first.
         b.work["grad"].masked_fill_(~flags.ok[b.device], 0)
         if "param" in b.work:
-            torch._foreach_copy_(b.work_rows["param"], [piece.cut(params[piece.index]) for piece in b.pieces])
+            torch._foreach_copy_(b.work_rows["param"], [strand.cut(params[strand.index]) for _, strand in b.strands])
+        if "arrived" in b.work:
+            stage_statistics(b, flags)
 
     def commit(self, b: BaseBucket, params: Sequence[Tensor], flags: Flags, hp: Group, rows: Sequence[int]) -> None:
         """See `Plan`: `p <- (1 - lr wd) p - lr u`."""
-        if rows:
+        written = set(rows)
+        present = flags.present
+        chosen = [j for j, (r, strand) in enumerate(b.strands) if r in written and present[strand.index]]
+        if chosen:
             lr = hp["lr"]
             if isinstance(lr, Tensor):
                 b.work["update"].mul_(lr)
                 lr = 1.0
-            updates = [b.work_rows["update"][r] for r in rows]
-            write([b.pieces[r] for r in rows], params, updates, lr, _keep(b, flags, hp), b.method.decay_after)
+            updates = [b.work_rows["update"][j] for j in chosen]
+            write([b.strands[j][1] for j in chosen], params, updates, lr, _keep(b, flags, hp), b.method.decay_after)
 
     def finish(self) -> None:
         """See `Plan`."""
@@ -143,26 +151,62 @@ def _keep(b: BaseBucket, flags: Flags, hp: Group) -> Tensor | None:
 
 
 def write(
-    pieces: Sequence[Piece],
+    strands: Sequence[Strand],
     params: Sequence[Tensor],
     updates: Sequence[Tensor],
     lr: float,
     keep: Tensor | None,
     decay_after: bool,
 ) -> None:
-    """Apply updates to pieces of parameters, whatever the parameters' memory layout."""
+    """Apply updates to regions of parameters, whatever the parameters' memory layout."""
     copies: dict[int, Tensor] = {}
     targets = []
-    for piece in pieces:
-        p = params[piece.index]
-        if not piece.viewable:
-            # Writing through a reshape would change a copy: work on one copy per parameter, and bring it back.
-            p = copies.setdefault(piece.index, p.reshape(piece.view))
-        targets.append(piece.cut(p))
+    for strand in strands:
+        if strand.viewable:
+            targets.append(strand.cut(params[strand.index]))
+            continue
+        # Writing through a reshape would change a copy: work on one copy per parameter, and bring it back.
+        if strand.index not in copies:
+            copies[strand.index] = strand.unfold(params[strand.index])
+        copy = copies[strand.index]
+        targets.append(copy if strand.region is None else copy[strand.region])
     if keep is not None and not decay_after:
         torch._foreach_mul_(targets, keep)
     torch._foreach_add_(targets, list(updates), alpha=-lr)
     if keep is not None and decay_after:
         torch._foreach_mul_(targets, keep)
+    folds = {strand.index: strand.fold for strand in strands}
     for index, copy in copies.items():
-        params[index].copy_(copy.view(params[index].shape))
+        p, fold = params[index], folds[index]
+        p.copy_(copy.view(p.shape) if fold is None else fold.undo(copy, tuple(p.shape)))
+
+
+def stage_statistics(b: BaseBucket, flags: Flags) -> None:
+    """Bring the layer statistics of this step into the bucket's workspaces, normalised; zeros where there are none.
+
+    A statistic that is not finite does not arrive: its rows keep what they have, and count a failure.
+    """
+    arrived = b.work["arrived"]
+    sums = [flags.sums.get(piece.index) for piece in b.pieces]
+    span = b.rows // len(b.pieces)
+    came = torch.tensor([float(found is not None) for found in sums], dtype=b.dtype).to(b.device)
+    arrived.copy_(came.repeat_interleave(span) * flags.ok[b.device])
+    sent = arrived.clone()
+    names = [name for name in b.streams() if name != "arrived"]
+    for name in names:
+        work, places = b.work[name], b.work_rows[name]
+        found = [(r, known.of(name, b.pieces[r].at)) for r, known in enumerate(sums) if known is not None]
+        here = [(r, *value) for r, value in found if value is not None]
+        if len(here) < len(sums):
+            work.zero_()
+        if not here:
+            continue
+        sources = [raw.expand(places[r].shape) if raw.ndim == 0 else raw.view(places[r].shape) for r, raw, _ in here]
+        torch._foreach_copy_([places[r] for r, _, _ in here], sources)
+        scales = torch.zeros(len(sums), span, dtype=b.dtype, device=b.device)
+        scales[[r for r, _, _ in here]] = torch.stack([scale.expand(span) for _, _, scale in here]).to(b.dtype)
+        work.mul_(b.expand(scales.view(-1), work))
+        arrived.mul_(work.reshape(b.rows, -1).sum(1).isfinite())
+    b.s["failures"].add_((sent > arrived).to(b.s["failures"].dtype))
+    for name in names:
+        b.work[name].masked_fill_(b.expand(arrived, b.work[name]) == 0, 0)

@@ -44,15 +44,14 @@ def assign_phases(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]
     """
     units = []
     for b in buckets:
-        b.phases = {mode: [0] * b.rows for mode in b.modes}
+        b.phases = {mode: [0] * len(b.pieces) for mode in b.modes}
         b.steady.clear()
         if groups[b.group].get("refresh") == "staggered":
             period = int(groups[b.group]["refresh_every"])
             for mode in b.modes:
-                cost = b.method.refresh_cost(b.shape, mode)
+                cost = b.method.refresh_cost(b.shape, mode) * (b.span or 1)
                 for r, piece in enumerate(b.pieces):
-                    at = () if piece.region is None else tuple(cut.start for cut in piece.region)
-                    units.append((piece.index, at, mode, period, cost, b, r))
+                    units.append((piece.index, piece.at, mode, period, cost, b, r))
     loads: dict[int, list[float]] = {}
     for _, _, mode, period, cost, b, r in sorted(units, key=lambda unit: unit[:3]):
         load = loads.setdefault(period, [0.0] * period)
@@ -61,10 +60,13 @@ def assign_phases(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]
         b.phases[mode][r] = phase
 
 
-def last_refresh(method: Method, period: int, phase: int, t: int) -> int:
+def last_refresh(method: Method, hp: Mapping[str, Any], phase: int, t: int) -> int:
     """The latest call up to `t` in which a unit of this phase was due; 0 where there is none yet."""
-    offset = int(method.first == "skip")  # a first call that only chooses the first factors is not counted
+    offset = method.waits(hp)  # calls that only observe are not counted; all units are due in the last of them
+    period = int(hp.get("refresh_every", 1))
     last = t - (t - offset - phase) % period
+    if method.eager and hp.get("refresh") == "staggered" and t > offset:
+        last = max(last, offset + (1 << (min(t - offset, period).bit_length() - 1)))
     return max(last if last >= method.start else 0, offset)
 
 
@@ -78,38 +80,36 @@ def plan_step(b: Bucket, hp: Mapping[str, Any], calls: Sequence[int], present: S
         present: For every parameter, whether it has a gradient in this call.
     """
     period = int(hp.get("refresh_every", 1))
-    times = {calls[piece.index] if present[piece.index] else None for piece in b.pieces}
+    times = {calls[piece.index] if piece.present(present) else None for piece in b.pieces}
     t = next(iter(times))
-    if len(times) != 1 or t is None or t <= b.method.start + 2 * period:
-        return _plan_rows(b, hp, period, calls, present)
+    if len(times) != 1 or t is None or t <= b.method.waits(hp) + b.method.start + 2 * period:
+        return _plan_rows(b, hp, calls, present)
     # Every row does the same, and the first periods are over: the schedule repeats, and is remembered.
     key = (b.method.observes(t, hp), t % period, period)
     if key not in b.steady:
-        b.steady[key] = _plan_rows(b, hp, period, calls, present)
+        b.steady[key] = _plan_rows(b, hp, calls, present)
     return b.steady[key]
 
 
-def _plan_rows(
-    b: Bucket, hp: Mapping[str, Any], period: int, calls: Sequence[int], present: Sequence[bool]
-) -> Schedule:
-    method, plan = b.method, Schedule()
+def _plan_rows(b: Bucket, hp: Mapping[str, Any], calls: Sequence[int], present: Sequence[bool]) -> Schedule:
+    method, plan, waits = b.method, Schedule(), b.method.waits(hp)
     refreshes = type(method).refresh is not Method.refresh
     groups: dict[str, list[int]] = defaultdict(list)
     due: dict[tuple[bool, Modes, bool], list[int]] = defaultdict(list)
     for r, piece in enumerate(b.pieces):
-        if not present[piece.index]:
+        if not piece.present(present):
             continue
         t = calls[piece.index]
         early = method.first in ("observe", "skip") if t == 1 else not method.lagged
-        if not (t == 1 and method.first == "skip"):
+        if t > waits:
             groups["apply"].append(r)
-        if not (t == 1 and method.first in ("skip", "measure")):
-            plan.written.append(r)
+            if not (t == 1 and method.first == "measure"):
+                plan.written.append(r)
         if method.observes(t, hp):
             groups["early" if early else "late"].append(r)
-        modes = tuple(i for i in b.modes if last_refresh(method, period, b.phases[i][r], t) == t)
+        modes = tuple(i for i in b.modes if last_refresh(method, hp, b.phases[i][r], t) == t)
         if modes and refreshes:
-            due[early, modes, _is_initial(method, period, t)].append(r)
+            due[early and not method.refresh_last, modes, _is_initial(method, hp, t)].append(r)
     plan.apply = b.parts(groups["apply"])
     plan.early, plan.late = b.parts(groups["early"]), b.parts(groups["late"])
     for (early, modes, initial), rows in due.items():
@@ -118,10 +118,11 @@ def _plan_rows(
     return plan
 
 
-def _is_initial(method: Method, period: int, t: int) -> bool:
+def _is_initial(method: Method, hp: Mapping[str, Any], t: int) -> bool:
     """Whether what a factor applies is made anew instead of tracked: in the first two periods.
 
     A unit's first refresh may have had a single gradient to go by, or none that was usable: from there, tracking would
     take long.
     """
-    return t == 1 if method.first == "skip" else t < method.start + 2 * period
+    waits = method.waits(hp)
+    return t <= waits if method.first == "skip" else t < waits + method.start + 2 * int(hp.get("refresh_every", 1))

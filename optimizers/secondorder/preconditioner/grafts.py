@@ -19,8 +19,9 @@ from secondorder.preconditioner.protocol import Context, Spec, State, ema_, put_
 
 
 def norms(X: Tensor) -> Tensor:
-    """Frobenius norm `(n,)` of every row."""
-    return torch.linalg.vector_norm(X.flatten(1), dim=1)
+    """Frobenius norm `(n,)` of every row, whose bits do not hang on where the row lies."""
+    wide = X.dtype if X.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(X.flatten(1), dim=1, dtype=wide).to(X.dtype)
 
 
 @dataclass(frozen=True)

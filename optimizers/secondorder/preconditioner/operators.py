@@ -135,6 +135,26 @@ class KroneckerOperator:
         )
         return result
 
+    def inv(self, damping: float = 0.0) -> KroneckerOperator:
+        """Invert the operator `C`, or `C + damping I`.
+
+        Args:
+            damping: What is added to every eigenvalue.
+
+        Returns:
+            A new operator, `(C + damping I)⁻¹`.
+
+        Raises:
+            ValueError: If `damping` is negative or not finite.
+            LinAlgError: If an eigenvalue of `C + damping I` is not positive.
+        """
+        if not 0 <= damping < math.inf:
+            raise ValueError(f"damping must be a finite number >= 0, got {damping}")
+        damped = copy.copy(self)
+        damped._blocks = tuple(dataclasses.replace(block, spectrum=block.spectrum + damping) for block in self._blocks)
+        damped._require_positive(f"inv(damping={damping})")
+        return damped.power(-1)
+
     def logdet(self) -> Tensor:
         """Return the logarithm of the determinant, a scalar tensor.
 
@@ -162,6 +182,15 @@ class KroneckerOperator:
     def eigenvalues(self) -> Tensor:
         """Return all N eigenvalues, in descending order."""
         return torch.cat([block.spectrum.reshape(-1) for block in self._blocks]).sort(descending=True).values
+
+    def eigvalsh(self) -> Tensor:
+        """Return all N eigenvalues, in ascending order as `torch.linalg.eigvalsh` of the matrix does."""
+        return self.eigenvalues().flip(0)
+
+    def frobenius(self) -> Tensor:
+        """Return the Frobenius norm, a scalar tensor."""
+        norms = torch.stack([torch.linalg.vector_norm(block.spectrum) for block in self._blocks])
+        return torch.linalg.vector_norm(norms)
 
     def condition(self) -> Tensor:
         """Return the largest over the smallest eigenvalue, a scalar tensor; infinite where that is not positive."""

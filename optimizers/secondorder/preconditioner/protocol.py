@@ -19,6 +19,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from secondorder.preconditioner.rounding import row_keys, stochastic_round
+
 State = dict[str, Tensor]
 Streams = Mapping[str, Tensor]
 Modes = tuple[int, ...]
@@ -30,11 +32,15 @@ class Spec:
 
     Attributes:
         shape: Shape of one row's entry.
-        init: What a row starts with: a number, or `"eye"` for the identity matrix.
+        init: What a row starts with: a number, `"eye"` for the identity matrix, or a function that makes the entry,
+            called with `dtype` and `device`.
+        dtype: Of the stored tensor; None: that of the products. What `ema_` and `put_` write to a bfloat16 one is
+            rounded stochastically (see `rounding`). Not for element-wise methods.
     """
 
     shape: tuple[int, ...]
-    init: float | Literal["eye"] = 0.0
+    init: float | Literal["eye"] | Callable[..., Tensor] = 0.0
+    dtype: torch.dtype | None = None
 
 
 def expand_rows(r: Tensor, like: Tensor) -> Tensor:
@@ -88,14 +94,28 @@ class Context:
         return torch.where(gate > 0, (1 - beta) / self.weight(beta, clock), 0.0)
 
 
-def ema_(stored: Tensor, new: Tensor, rate: Tensor, c: Context) -> Tensor:
+def ema_(stored: Tensor, new: Tensor, rate: Tensor, c: Context, seed: int = 0) -> Tensor:
     """Move `stored` towards `new` by `rate (n,)`, in place; a rate of 0 leaves a row bitwise as it is."""
-    return stored.lerp_(new, c.expand(rate, stored).to(stored.dtype))
+    weight = c.expand(rate, stored)
+    if stored.dtype == torch.bfloat16:
+        wide = stored.to(torch.float32)
+        return stored.copy_(_rounded(wide.lerp(new.to(wide.dtype), weight.to(wide.dtype)), c, seed))
+    return stored.lerp_(new, weight.to(stored.dtype))
 
 
-def put_(stored: Tensor, new: Tensor, gate: Tensor, c: Context) -> Tensor:
+def put_(stored: Tensor, new: Tensor, gate: Tensor, c: Context, seed: int = 0) -> Tensor:
     """Replace the rows of `stored` where `gate (n,)` is set, in place."""
+    if stored.dtype == torch.bfloat16:
+        new = _rounded(new, c, seed)
     return stored.copy_(torch.where(c.expand(gate, stored) > 0, new, stored))
+
+
+def _rounded(x: Tensor, c: Context, seed: int) -> Tensor:
+    """To bfloat16, with noise that depends on a row's own clocks, and so is the same wherever the row is.
+
+    Entries of one state that are written in one phase of a step need seeds that differ, or their errors are alike.
+    """
+    return stochastic_round(x, row_keys((c.count, c.seen), seed))
 
 
 class Method:
@@ -109,6 +129,8 @@ class Method:
         first: What a row's first gradient does: `"observe"` (then apply), `"apply"` (then observe), `"skip"` (only
             observe: no momentum, no update, no decay) or `"measure"` (as `"apply"`, but the parameter stays).
         start: The call before which nothing is refreshed.
+        refresh_last: Refresh after the update even where the statistic comes before it.
+        eager: Where refreshes are staggered, all units are due in calls 1, 2, 4, ... of the first period too.
         works: Further workspaces of the gradient's shape that `screen` fills and `observe` reads.
         decay_after: Decoupled weight decay acts on the parameter after the step instead of before it.
         name: What `coverage()` calls it where it is the fallback.
@@ -120,6 +142,8 @@ class Method:
     lagged: bool = False
     first: Literal["observe", "apply", "skip", "measure"] = "observe"
     start: int = 1
+    refresh_last: ClassVar[bool] = False
+    eager: bool = False
     works: ClassVar[tuple[str, ...]] = ()
     decay_after: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
@@ -131,12 +155,23 @@ class Method:
         """State of one block of this shape whose `modes` carry a dense factor and `diagonal` a diagonal one."""
         raise NotImplementedError
 
+    def statistics(self, shape: tuple[int, ...], modes: Modes, diagonal: Modes) -> dict[str, tuple[int, ...]]:
+        """Shapes of the layer statistics of one block, by stream, that the plan must bring before `observe`.
+
+        `"arrived"`, of shape `()`, is among them: 1 in rows whose statistics came, else 0.
+        """
+        return {}
+
     def begin(self, s: State, x: Streams, c: Context) -> None:
         """A row's first usable gradient; `c.gate` marks the rows that start. Must be masked: it may run again."""
 
+    def waits(self, hp: Mapping[str, Any]) -> int:
+        """Calls of a row that only observe: no momentum, no update, no decay."""
+        return max(int(self.first == "skip"), int(hp.get("burn_in", 0)))
+
     def observes(self, t: int, hp: Mapping[str, Any]) -> bool:
         """Whether a row observes in its call `t` (from 1)."""
-        return (t - 1) % int(hp["statistics_every"]) == 0
+        return t <= self.waits(hp) or (t - 1) % int(hp["statistics_every"]) == 0
 
     def screen(self, s: State, x: Streams, c: Context) -> tuple[dict[str, Tensor], Tensor] | None:
         """Look at the gradients with the factors as they are, before momentum and statistics see them.
@@ -167,6 +202,13 @@ class Method:
         Returns:
             `(bases by mode, curvature, preconditioner)`, the latter two as elementwise spectra `(n, d1, ..., dk)` in
             those bases; None where the method has no such view.
+        """
+        return None
+
+    def held(self, s: State, c: Context) -> tuple[dict[int, Tensor], Tensor] | None:
+        """The curvature that the state holds, `(bases by mode, spectrum)`, where it is another than that of `spectra`.
+
+        What is applied may lag behind. None where it is the same.
         """
         return None
 

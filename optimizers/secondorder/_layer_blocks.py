@@ -1,0 +1,274 @@
+"""How a layer's parameters become blocks, what must be captured for them, and the sums that reach a block.
+
+A weight and its bias are one block `[W | b]` (bias last) where both are trained in one group; apart, the bias has the
+output factor alone. Groups of a convolution, q, k and v of an attention, and the features of a norm layer are batched
+blocks with factors of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.curvature.layer import Side, Sums
+from secondorder.curvature.site import Site, Wants
+from secondorder.layout.blocks import Fold, Treatment, even_cuts
+
+Group = dict[str, Any]
+Totals = Mapping[Site, dict[str, list[Tensor]]]
+
+
+def weight_blocks(
+    site: Site,
+    hp: Mapping[str, Any],
+    role: str | None,
+    joined: int | None,
+    diagonal: tuple[bool, bool] = (False, False),
+) -> Treatment:
+    """How a weight is cut. A vocabulary's side beyond `max_block_size` has a diagonal factor, other sides are cut.
+
+    Args:
+        site: Where it is used.
+        hp: Options of its group: `max_block_size`, `sides`.
+        role: `"embedding"`, `"head"` or `"hidden"`.
+        joined: `id` of the bias that is one more column, or None.
+        diagonal: Whether the input, the output side has a diagonal factor whatever its size.
+    """
+    rule, limit = site.rule, hp["max_block_size"]
+    k, d_out, d_in = rule.groups, rule.d_out, rule.d_in
+    bias = "[W | b] of " if joined is not None else ""
+    if not d_in:
+        size = 1 + (joined is not None)
+        reason = f"{_kind(site)}: {k} features, a {size}x{size} factor each"
+        return Treatment((k, 1), ((k,), (1,)), (0,), reason, batched=True, joined=joined)
+    kind = f"{bias}{_kind(site)} {site.name}"
+    if rule.tokens:
+        reason = f"{kind}: diagonal over {d_in} tokens"
+        if diagonal[1]:
+            return Treatment((d_in, d_out), ((d_in,), (d_out,)), (), f"{reason} and over outputs", diagonal=(0, 1))
+        return Treatment((d_in, d_out), ((d_in,), even_cuts(d_out, limit)), (1,), reason, diagonal=(0,))
+    vocabulary = role == "head" and limit is not None and d_out > limit
+    sides = (0, 1) if hp["sides"] == "both" else (1,)
+    chosen = (vocabulary or diagonal[1], diagonal[0])
+    diagonals = tuple(i for i in sides if chosen[i])
+    modes = tuple(i for i in sides if not chosen[i])
+    cuts = tuple(even_cuts(d, limit) if i in modes else (d,) for i, d in enumerate((d_out, d_in)))
+    reason = f"{kind}: " + (f"{k} groups of " if k > 1 else "") + f"{d_out} x {d_in + (joined is not None)}"
+    if vocabulary and 0 in diagonals:
+        reason += f", diagonal on the side of {d_out} (a vocabulary)"
+    elif diagonals:
+        reason += ", diagonal on " + ("both sides" if len(diagonals) == 2 else ("outputs", "inputs")[diagonals[0]])
+    count = len(cuts[0]) * len(cuts[1])
+    if count > 1:
+        reason += f", cut into {count} blocks of at most {limit}"
+    fold = None if rule.fold is None else Fold(*rule.fold)
+    more = dict(diagonal=diagonals, fold=fold, joined=joined)
+    if k > 1:
+        return Treatment((k, d_out, d_in), ((k,), *cuts), modes, reason, batched=True, **more)  # type: ignore[arg-type]
+    return Treatment((d_out, d_in), cuts, modes, reason, **more)  # type: ignore[arg-type]
+
+
+def bias_blocks(
+    site: Site, hp: Mapping[str, Any], weight: Treatment | None, why: str, diagonal: bool = False
+) -> Treatment:
+    """How a bias is cut that is not joined to its weight: the output factor alone, in the form that the weight has.
+
+    Args:
+        site: Where it is used.
+        hp: Options of its group.
+        weight: How the weight is cut, if it is trained here and has an output factor.
+        why: It is apart.
+        diagonal: Whether its factor is diagonal where the weight has none on this side.
+    """
+    rule = site.rule
+    reason = f"bias of {_kind(site)} {site.name}, apart: {why}"
+    if not rule.d_in:
+        return Treatment((rule.groups, 1), ((rule.groups,), (1,)), (0,), reason, batched=True)
+    cuts, is_diagonal = ((rule.d_out,), True) if diagonal else (even_cuts(rule.d_out, hp["max_block_size"]), False)
+    if weight is not None:
+        _, axis = _axes(site, weight)
+        mode = axis - weight.batched
+        if mode in weight.diagonal:
+            cuts, is_diagonal = (rule.d_out,), True
+        elif mode in weight.modes:
+            cuts, is_diagonal = weight.cuts[axis], False
+    modes, diagonals = ((), (0,)) if is_diagonal else ((0,), ())
+    if rule.groups > 1:
+        view = (rule.groups, rule.d_out)
+        return Treatment(view, ((rule.groups,), cuts), modes, reason, diagonal=diagonals, batched=True)
+    return Treatment((rule.d_out,), (cuts,), modes, reason, diagonal=diagonals)
+
+
+def _kind(site: Site) -> str:
+    """The module's class as the user knows it: attention layers are given one of ours, and have one within."""
+    for cls in type(site.module()).__mro__:
+        if cls.__module__.split(".")[0] not in ("torch", "secondorder") or cls.__name__ in nn.__dict__:
+            return cls.__name__
+    return "Module"
+
+
+def follower(site: Site, weight: int) -> Treatment:
+    """A bias that is a column of its weight's block."""
+    shape = tuple(site.bias.shape)  # type: ignore[union-attr]
+    return Treatment(shape, tuple((d,) for d in shape), (), f"a column of {site.name}.{site.names[0]}", follows=weight)
+
+
+def _spans(cuts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    ends = [sum(cuts[: j + 1]) for j in range(len(cuts))]
+    return tuple((end - size, end) for size, end in zip(cuts, ends, strict=True))
+
+
+def wants(site: Site, weight: Treatment | None, bias: Treatment | None, moment: bool) -> Wants:
+    """What must be captured at a site, from the treatments of its weight and of its bias (where it is apart)."""
+    if not site.rule.d_in:
+        first = 0 if weight is not None else 1
+        last = 2 if bias is not None or (weight is not None and weight.joined is not None) else 1
+        apart = ((0, 1), (1, 2)) if weight is not None and bias is not None else ((first, last),)
+        return Wants(None, Side(apart))
+    if weight is None:
+        assert bias is not None
+        return Wants(None, Side(_spans(bias.cuts[-1]), bool(bias.diagonal)))
+    at_in, at_out = _axes(site, weight)
+
+    def side(axis: int, joined: bool) -> Side | None:
+        mode = axis - weight.batched
+        if mode not in (*weight.modes, *weight.diagonal):
+            return None
+        return Side(_spans(weight.cuts[axis]), mode in weight.diagonal, joined)
+
+    outputs = side(at_out, False)
+    if outputs is None and bias is not None:
+        outputs = Side(_spans(bias.cuts[-1]), bool(bias.diagonal))
+    return Wants(side(at_in, weight.joined is not None), outputs, moment)
+
+
+def _axes(site: Site, weight: Treatment) -> tuple[int, int]:
+    """Axes of a weight's view on the input and on the output side."""
+    last = len(weight.view) - 1
+    return (0, 1) if site.rule.tokens else (last, last - 1)
+
+
+class Scales:
+    """What normalises the raw sums of one step.
+
+    Attributes:
+        outputs: Scale of output factors and moments, 0-d: M / c² for a loss that is a mean over M terms, captured times
+            a loss scale c; 1 / M for Fisher sums; 1 for M where the loss is a sum.
+        terms: M, 0-d; 1 where the loss is a sum.
+    """
+
+    def __init__(self, outputs: Tensor, terms: Tensor) -> None:
+        self.outputs, self.terms = outputs, terms
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """1 / rows, and 0 where there are none."""
+        return torch.where(rows > 0, 1 / rows.clamp_min(1), 0.0)
+
+
+def weight_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Scales) -> Sums | None:
+    """Sums of a weight over its uses; None where nothing was captured."""
+    uses = [(site, totals[site]) for site in sites if site in totals]
+    if not uses:
+        return None
+    if not sites[0].rule.d_in:
+        return _vector_sums(uses, 0, scales)
+    by_way: dict[tuple[int, int], dict[str, list[Tensor]]] = {}
+    for site, found in uses:
+        known = by_way.get(way := _axes(site, t))
+        by_way[way] = found if known is None else _added(known, found)
+    axes = {f"gram_{axis - t.batched}": (axis,) for axis in range(t.batched, len(t.view))}
+    parts = []
+    for (at_in, at_out), found in by_way.items():
+        names = (f"gram_{at_in - t.batched}", f"gram_{at_out - t.batched}")
+        raw = {names[0]: _placed(found["inputs"], t.cuts[at_in])}
+        scale = {names[0]: scales.inputs(found["rows"][0]), names[1]: scales.outputs}
+        if at_out - t.batched in (*t.modes, *t.diagonal):
+            raw[names[1]] = _placed(found["outputs"], t.cuts[at_out])
+        if "moment" in found:
+            starts = [(r, c) for r, _ in _spans(t.cuts[t.batched]) for c, _ in _spans(t.cuts[-1])]
+            raw["moment"] = dict(zip(starts, found["moment"], strict=True))
+            scale["moment"] = scales.outputs
+        parts.append(Sums(raw, scale, {**axes, "moment": tuple(range(t.batched, len(t.view)))}))
+    return parts[0] if len(parts) == 1 else _both_ways(parts)
+
+
+def bias_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Scales) -> Sums | None:
+    """Sums of a bias that is apart; None where nothing was captured."""
+    uses = [(site, totals[site]) for site in sites if site in totals]
+    if not uses:
+        return None
+    if not sites[0].rule.d_in:
+        return _vector_sums(uses, 1, scales)
+    found = uses[0][1]
+    for _, more in uses[1:]:
+        found = _added(found, more)
+    raw = {"gram_0": _placed(found["outputs"], t.cuts[-1])}
+    axis = (len(t.view) - 1,)
+    return Sums(raw, dict.fromkeys(raw, scales.outputs), dict.fromkeys(raw, axis))
+
+
+def _vector_sums(uses: Sequence[tuple[Site, dict[str, list[Tensor]]]], which: int, scales: Scales) -> Sums:
+    """Sums of a norm layer's weight (and bias, where joined), or of its bias."""
+    found = uses[0][1]
+    for _, more in uses[1:]:
+        found = _added(found, more)
+    index = min(which, len(found["outputs"]) - 1)
+    raw: dict[str, dict[tuple[int, ...], Tensor]] = {"gram_0": {(0,): found["outputs"][index]}}
+    return Sums(raw, dict.fromkeys(raw, scales.outputs), dict.fromkeys(raw, (1,)))
+
+
+def _placed(values: Sequence[Tensor], cuts: Sequence[int]) -> dict[tuple[int, ...], Tensor]:
+    return {(start,): value for (start, _), value in zip(_spans(cuts), values, strict=True)}
+
+
+def _added(a: Mapping[str, list[Tensor]], b: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    return {name: [x + y for x, y in zip(a[name], b[name], strict=True)] for name in a if name in b}
+
+
+def _both_ways(parts: Sequence[Sums]) -> Sums:
+    """The pair of factors of a sum of Kronecker products `D_j ⊗ V_j`, by its marginals.
+
+    D = Σ_j tr(V_j) D_j,   V = Σ_j tr(D_j) V_j / Σ_j tr(D_j) tr(V_j).
+    """
+    names = [name for name in parts[0].raw if name.startswith("gram_")]
+    scaled = [
+        {name: {at: _times(raw, p.scales[name]) for at, raw in p.raw[name].items()} for name in names} for p in parts
+    ]
+    traces = [{name: torch.stack([_trace(v) for v in p[name].values()]).sum() for name in names} for p in scaled]
+    total = torch.stack([torch.stack(list(t.values())).prod() for t in traces]).sum()
+    raw: dict[str, dict[tuple[int, ...], Tensor]] = {}
+    for i, name in enumerate(names):
+        other = [t[names[1 - i]] for t in traces]
+        share = total.clamp_min(torch.finfo(total.dtype).tiny) if i else torch.ones_like(total)
+        raw[name] = {
+            at: torch.stack([p[name][at] * w for p, w in zip(scaled, other, strict=True)]).sum(0) / share
+            for at in scaled[0][name]
+        }
+    if "moment" in parts[0].raw:
+        raw["moment"] = {
+            at: torch.stack([_times(p.raw["moment"][at], p.scales["moment"]) for p in parts]).sum(0)
+            for at in parts[0].raw["moment"]
+        }
+    return Sums(raw, dict.fromkeys(raw, torch.ones_like(total)), parts[0].starts)
+
+
+def _times(raw: Tensor, scale: Tensor) -> Tensor:
+    return raw * scale.view(-1, *[1] * (raw.ndim - 1))
+
+
+def _trace(x: Tensor) -> Tensor:
+    """Of a stack of matrices, or of diagonals."""
+    return x.sum() if x.ndim == 2 else x.diagonal(dim1=-2, dim2=-1).sum()
+
+
+def frames(
+    site: Site, t: Treatment, bases: Sequence[Mapping[int, Tensor]]
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """`(Q_in, Q_out)` of every tile, in the order of a site's moments."""
+    if not site.rule.d_in or len(t.view) - t.batched == 1:
+        return [(None, tile.get(0)) for tile in bases]
+    at_in, at_out = _axes(site, t)
+    return [(tile.get(at_in - t.batched), tile.get(at_out - t.batched)) for tile in bases]

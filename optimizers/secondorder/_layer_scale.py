@@ -1,0 +1,72 @@
+"""Loss terms, counted, and the loss scale, measured: captured gradients carry it, `p.grad` does not any more.
+
+Both are asked of reference layers, of which the last one comes first. Where it takes no part in a step (heads that take
+turns), or only with weight zero, others know as much: a linear layer with a trained bias tells for a column sum.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secondorder.curvature.site import Site, Wants
+
+_TOLERANCE = 1e-3
+
+
+def references(sites: Sequence[Site], wanted: dict[Site, Wants], trained: Container[int]) -> list[Site]:
+    """Reference layers in order of preference; what they must capture is added to `wanted`.
+
+    Args:
+        sites: All sites in the order of the network.
+        wanted: What is captured at them.
+        trained: `id` of parameters that have gradients.
+    """
+    dense = [s for s in sites if s in wanted and s.rule.d_in and not s.rule.tokens and s.names[0] == "weight"]
+    uses = Counter(id(p) for s in sites for p in (s.weight, s.bias))
+    found: list[Site] = []
+    for site in reversed(dense):
+        alone = [p is not None and id(p) in trained and uses[id(p)] == 1 for p in (site.weight, site.bias)]
+        by = "bias" if alone[1] else "weight" if alone[0] and not site.rule.pooled else None
+        if by is not None and (not found or (by == "bias" and site.rule.masks)):
+            wanted[site] = replace(wanted[site], reference=by)
+            found.append(site)
+    return found
+
+
+def loss_terms(counts: Sequence[Tensor]) -> Tensor:  # each (1,)
+    """The first count that is not zero, 0-d."""
+    every = torch.cat([count.to(counts[0]) for count in counts])
+    return every.gather(0, (every > 0).int().argmax(0, keepdim=True))[0]
+
+
+def loss_scale(probes: Mapping[Site, Tensor], grad_scaler: Any) -> Tensor:  # each (k, d_out)
+    """The factor by which captured gradients exceed `p.grad`, 0-d: exactly a power of two, or 1.
+
+    Args:
+        probes: By reference layer, the captured gradient of the bias, or of the weight summed over its inputs.
+        grad_scaler: Where one is given, its scale is taken.
+    """
+    like = next(iter(probes.values()))
+    if grad_scaler is not None:
+        return torch.as_tensor(float(grad_scaler.get_scale()), dtype=like.dtype, device=like.device)
+    pairs = [(probe, grad) for site, probe in probes.items() if (grad := _applied(site)) is not None]
+    if not pairs:
+        return torch.ones_like(like[0, 0])
+    captured, g = (torch.cat([t.detach().reshape(-1).to(like) for t in side]) for side in zip(*pairs, strict=True))
+    square = g.square().sum()
+    exponent = ((captured * g).sum() / square.clamp_min(torch.finfo(g.dtype).tiny)).log2()
+    near = (exponent - exponent.round()).abs() < _TOLERANCE
+    return torch.where(near & (square > 0), exponent.round().exp2(), torch.ones_like(square))
+
+
+def _applied(site: Site) -> Tensor | None:
+    """What a probe is compared with."""
+    if site.wants.reference == "bias":
+        return None if site.bias is None else site.bias.grad
+    return None if site.weight is None or site.weight.grad is None else site.weight.grad.flatten(1).sum(1)

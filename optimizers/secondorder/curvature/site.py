@@ -1,0 +1,245 @@
+"""A site: one module of the network at which statistics are captured, and the leaves that receive them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secondorder.curvature.layer import Side, input_sums, moment_sums, output_sums
+from secondorder.curvature.layers.protocol import LayerRule
+from secondorder.curvature.tap import leaf, make_tap
+
+Frames = Sequence[tuple[Tensor | None, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What is to be captured at a site.
+
+    Attributes:
+        inputs: The input side, None where no parameter asks for it.
+        outputs: The output side, None for forward-only statistics.
+        moment: Eigenbases of every tile are given, and squares of gradients in them are wanted.
+        reference: The loss terms are counted here, and the loss scale is measured: None, or `"bias"` or `"weight"`,
+            with whose gradient the captured one is compared.
+    """
+
+    inputs: Side | None
+    outputs: Side | None
+    moment: bool = False
+    reference: str | None = None
+
+
+class Site:
+    """A module whose forward hook taps the output. Copies of the module are not tapped.
+
+    Attributes:
+        module: Weak reference to the module.
+        rule: How it maps to the normal form.
+        sharing: A callable that gives `"expand"` or `"reduce"` when asked.
+        active: Whether the next forward pass is captured.
+        quiet: A captured forward pass hands over nothing in its backward pass (Fisher statistics came before).
+        with_inputs: Input factors are wanted in this backward pass (not in the later ones of a Fisher pass).
+        replicas: The process group of the DDP wrapper in whose forward pass the module was last seen, or None.
+        frames: Eigenbases of the tiles, where squares in them are wanted.
+        leaves: What receives the statistics, by name; `flat`: the same in one list.
+    """
+
+    def __init__(self, name: str, module: nn.Module, rule: LayerRule, names: tuple[str, str]) -> None:
+        self.name, self.rule, self.names = name, rule, names
+        self.module = weakref.ref(module)
+        self.weight, self.bias = (getattr(module, key, None) for key in names)
+        self.sharing: Callable[[], str] = lambda: "expand"
+        self.active, self.quiet, self.with_inputs = False, False, True
+        self.replicas: Any = None
+        self.frames: Frames = ()
+        self.wants, self.dtype = Wants(None, None), torch.float32
+        self.leaves: dict[str, list[Tensor]] = {}
+        self.flat: list[Tensor] = []
+        self._tap = make_tap(self.statistics)
+
+    def configure(self, wants: Wants, dtype: torch.dtype, device: torch.device) -> None:
+        """Make leaves for what is wanted; what others had is dropped."""
+        rule, k = self.rule, self.rule.groups
+        if self.flat and (wants, dtype, device) == (self.wants, self.dtype, self.flat[0].device):
+            return
+
+        def matrices(side: Side) -> list[Tensor]:
+            square = [(d,) if side.diagonal else (d, d) for d in side.sizes()]
+            return [leaf((k, *shape), dtype, device) for shape in square]
+
+        self.wants, self.dtype = wants, dtype
+        self.leaves = {"rows": [leaf((k,), dtype, device)]}
+        if wants.inputs is not None:
+            self.leaves["inputs"] = matrices(wants.inputs)
+        if wants.outputs is not None:
+            self.leaves["outputs"] = matrices(wants.outputs)
+        if wants.moment and wants.inputs is not None and wants.outputs is not None:
+            tiles = [(k, d, width) for d in wants.outputs.sizes() for width in wants.inputs.sizes()]
+            if rule.tokens:
+                tiles = [(k, width, d) for _, d, width in tiles]
+            self.leaves["moment"] = [leaf(shape, dtype, device) for shape in tiles]
+        if wants.reference is not None:
+            self.leaves["terms"] = [leaf((1,), dtype, device)]  # a compiler takes a 0-d float for a Python number
+            self.leaves["probe"] = [leaf((k, rule.d_out), dtype, device)]
+        self.flat = [t for group in self.leaves.values() for t in group]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        """The forward hook."""
+        if not self.active or not isinstance(out, Tensor) or not out.requires_grad:
+            return None
+        if _transformed() or not self.owns(module):
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        return self.tap(module, x, (out,))
+
+    def tap(self, module: nn.Module, x: Any, outs: tuple[Tensor, ...]) -> Any:
+        """Tap outputs of the module for the input `x`."""
+        if not torch.compiler.is_compiling():
+            self._drop_abandoned()
+            wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+            self.replicas = self.replicas if wrapper is None else wrapper.process_group
+        cast = self.rule.d_in > 0  # norm layers leave their input in its own precision
+        seen = _as_seen if self._needs_rows or self.rule.tokens or not cast else _shape_of
+        x = tuple(seen(t, cast) for t in x) if isinstance(x, tuple) else seen(x, cast)
+        return self._tap(outs, self.rule.save(module, x), self.flat)
+
+    @property
+    def _needs_rows(self) -> bool:
+        return not self.rule.tokens and (self.wants.inputs is not None or self.wants.reference == "weight")
+
+    def _drop_abandoned(self) -> None:
+        """Drop statistics of backward passes whose gradients are gone.
+
+        A gradient scaler skips a step with infinite gradients, and `model.zero_grad()` does not pass by the optimizer.
+        """
+        if all(p is None or p.grad is None for p in (self.weight, self.bias)):
+            for t in self.flat:
+                t.grad = None
+
+    def attention(self, module: nn.Module, inputs: tuple[Tensor, ...], outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tap of projections (see `layers.attention`)."""
+        if _transformed() or not self.owns(module) or not all(out.requires_grad for out in outs):
+            return outs
+        return self.tap(module, inputs, outs)
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether this is the module that the site was made for, with the parameters that it had.
+
+        It is not where parameters were replaced, or torch.func calls the module with others.
+        """
+        weight, bias = self.names
+        return getattr(module, weight, None) is self.weight and getattr(module, bias, None) is self.bias
+
+    def __deepcopy__(self, memo: Any) -> _Nothing:
+        return _Nothing()  # a copied module's hooks are copies too, and the optimizer belongs to the original
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
+
+    def statistics(self, gs: tuple[Tensor, ...], saved: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """One value per leaf."""
+        if self.quiet:
+            return [None] * len(self.flat)
+        rule, reduce = self.rule.bound(gs[0].shape, *saved), self.sharing() == "reduce"
+        by_group = rule.outputs(gs if len(gs) > 1 else gs[0], *saved)
+        apart = isinstance(by_group, tuple)
+        chunks = [g[None] for g in by_group] if isinstance(by_group, tuple) else [by_group]
+        inputs: list[Any] = [None] * len(chunks)
+        if self._needs_rows and (self.with_inputs or "moment" in self.leaves):
+            if reduce and not (apart or rule.masks or "moment" in self.leaves or self.wants.reference == "weight"):
+                inputs = [rule.mean_inputs(*saved)[:, :, None]]
+            else:
+                found = rule.inputs(*saved)
+                inputs = [a[None] for a in found] if isinstance(found, tuple) else [found]
+        parts: list[dict[str, list[Tensor]]] = []
+        for j, (g, a) in enumerate(zip(chunks, inputs, strict=True)):
+            parts.append(self._chunk(g.to(self.dtype), None if a is None else a.to(self.dtype), reduce, saved, j))
+        out: list[Tensor | None] = []
+        for name, leaves in self.leaves.items():
+            for i in range(len(leaves)):
+                values = [part[name][i] for part in parts if name in part]
+                out.append(None if not values else values[0] if len(values) == 1 else torch.cat(values))
+        return out
+
+    def _chunk(
+        self, g: Tensor, a: Tensor | None, reduce: bool, saved: tuple[Tensor, ...], group: int
+    ) -> dict[str, list[Tensor]]:
+        """Statistics of groups that have the same positions."""
+        rule, wants, out = self.rule, self.wants, {}
+        k, n, positions = g.shape[:3]
+        counted = g.abs().amax(-1) != 0 if rule.masks or wants.reference is not None else None  # (k, n, s)
+        here = counted if rule.masks else None
+        if here is None:
+            rows = g.new_full((k,), n if reduce else n * positions)
+        else:
+            rows = (here.any(2) if reduce else here.flatten(1)).sum(1).to(g.dtype)
+        if self.with_inputs:
+            out["rows"] = [rows]
+        if wants.outputs is not None:
+            out["outputs"] = output_sums(g.sum(2) if reduce else g.flatten(1, 2), wants.outputs)
+        if wants.inputs is not None and self.with_inputs:
+            if rule.tokens:
+                out["inputs"] = [rule.token_sums(here, reduce, *saved, dtype=g.dtype)[None]]  # type: ignore[attr-defined]
+            else:
+                assert a is not None
+                weighted = a if here is None else a * here[..., None]
+                if not reduce:
+                    flat = weighted.flatten(1, 2)
+                elif here is None:
+                    flat = weighted.mean(2)
+                else:
+                    flat = weighted.sum(2) / here.sum(2, keepdim=True).clamp_min(1)
+                out["inputs"] = input_sums(flat, rows, wants.inputs)
+        if "moment" in self.leaves:
+            every = self.frames or [(None, None)] * len(self.leaves["moment"])  # before the first step
+            frames = [tuple(None if q is None else q[group : group + len(g)] for q in pair) for pair in every]
+            assert wants.inputs is not None and wants.outputs is not None
+            if rule.tokens:
+                tiles = [g[..., start:stop] for start, stop in wants.outputs.cuts]
+                turned = [t if Q is None else t @ Q[:, None] for t, (_, Q) in zip(tiles, frames, strict=True)]
+                out["moment"] = [rule.token_moment(t.square(), *saved)[None] for t in turned]  # type: ignore[attr-defined]
+            else:
+                assert a is not None
+                out["moment"] = moment_sums(a, g, (wants.inputs, wants.outputs), frames, reduce)  # type: ignore[arg-type]
+        if wants.reference is not None and counted is not None:
+            out["terms"] = [counted[0].sum().to(g.dtype)[None]]
+            probed = g if wants.reference == "bias" or a is None else g * a.sum(-1, keepdim=True)
+            out["probe"] = [probed.sum((1, 2))]
+        return out
+
+
+class _Nothing:
+    """What a copied or pickled module has in a site's place."""
+
+    def __call__(self, *args: Any) -> None:
+        return None
+
+
+def _transformed() -> bool:
+    """Whether the forward pass is one of torch.func, or of forward-mode differentiation."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _as_seen(x: Tensor, cast: bool) -> Tensor:
+    """The input as the layer sees it.
+
+    Under autocast that is a copy, which autograd keeps too; the tensor itself may be changed in place later on.
+    """
+    x = x.detach()
+    kind = x.device.type
+    if cast and x.is_floating_point() and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _shape_of(x: Tensor, cast: bool) -> Tensor:
+    """A stand-in for an input of which no statistics are wanted: it may be changed in place, and is not kept."""
+    return x.new_empty([1] * x.ndim).expand(x.shape)
