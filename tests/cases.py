@@ -5,6 +5,7 @@ warning; the same contract on layers is in `test_layer_contract.py`.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import secondorder
 from secondorder._options import COMMON
@@ -25,6 +27,7 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     average: str = "exp_avg"  # an entry of a preconditioned block's state that every step moves, in the block's shape
     measures: bool = False  # the first usable gradient leaves the parameter where it is
+    moves: bool = False  # factors move in every step; a refresh only tidies up
     layers: bool = False  # statistics come from layers: loose parameters are left to the fallback
 
     def make(self, params: Any, **more: Any) -> Any:
@@ -51,6 +54,15 @@ OPTIMIZERS = [
     Case(secondorder.AdamW, dict(lr=0.01)),
     Case(secondorder.KFAC, dict(lr=0.01, fallback_lr_scale=1.0), layers=True),
     Case(secondorder.EKFAC, dict(lr=0.01, fallback_lr_scale=1.0), layers=True),
+    Case(secondorder.SINGD, dict(lr=0.01, fallback_lr_scale=1.0), layers=True),
+    Case(secondorder.IKFAC, dict(lr=0.01, fallback_lr_scale=1.0), layers=True),
+    Case(secondorder.KLShampoo, dict(lr=0.01, refresh_every=3)),
+    Case(secondorder.KLSOAP, dict(lr=0.01, refresh_every=3)),
+    Case(secondorder.SIRFShampoo, dict(lr=0.01), average="momentum"),
+    Case(secondorder.IFShampoo, dict(lr=0.01, statistics_every=3), average="momentum"),
+    Case(secondorder.RFAdamW, dict(lr=0.01), average="momentum"),
+    Case(secondorder.RFRMSProp, dict(lr=0.01), average="momentum"),
+    Case(secondorder.SpectralFactorized, dict(lr=0.01, refresh_every=3), average="momentum", moves=True),
     Case(secondorder.InverseFreeKLShampoo, dict(lr=0.01), average="momentum", measures=True),
 ]
 
@@ -125,6 +137,19 @@ def largest_update(cls: Any, shape: tuple[int, int], **options: Any) -> float:
         optimizer.step()
         worst = max(worst, float((p.detach() - before).square().mean().sqrt()) / 1e-3)
     return worst
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations by name; a view launches nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not operation.is_view:
+            self.found[str(operation)] += 1
+        return operation(*args, **(kwargs or {}))
 
 
 def values(params: Iterable[Tensor]) -> list[Tensor]:

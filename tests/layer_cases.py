@@ -1,5 +1,7 @@
 """A network of every kind of layer, and how layer methods are trained on it in tests."""
 
+import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,8 +22,10 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "KFAC": (secondorder.KFAC, {}),
     "split": (secondorder.EKFAC, {"max_block_size": 6}),
     "gradient": (secondorder.EKFAC, {"moment": "gradient", "momentum": "gradient"}),
+    "SINGD": (secondorder.SINGD, {"statistics_every": 1}),
+    "structured": (secondorder.IKFAC, {"structures": ("hierarchical(2,2)", "diagonal"), "factor_momentum": 0.5}),
 }
-each_row = pytest.mark.parametrize("row", ["KFAC", "split"])
+each_row = pytest.mark.parametrize("row", ["KFAC", "split", "SINGD"])
 every_row = pytest.mark.parametrize("row", ROWS)
 
 
@@ -53,9 +57,16 @@ def zoo(dtype: torch.dtype = torch.float32, **more: Any) -> Zoo:
 
 
 def make(row: str, model: nn.Module, params: Any = None, **options: Any) -> Any:
+    """Options that the class does not have are left out."""
     cls, own = ROWS[row]
-    options = {**OPTIONS, **own, **options}
+    known = inspect.signature(cls).parameters
+    options = {name: value for name, value in {**OPTIONS, **own, **options}.items() if name in known}
     return cls(model.parameters() if params is None else params, module=model, **options)
+
+
+def factors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a flat state, what holds curvature: covariances and diagonals, or (inverse-free) roots."""
+    return {key: value for key, value in state.items() if re.search(r"/(covariance|diagonal|root)_\d+$", key)}
 
 
 def batch(step: int, size: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -69,11 +69,15 @@ def ekfac(rank, world):
     return mean(rank, world, "split")
 
 
-def total(rank, world):
+def singd(rank, world):
+    return mean(rank, world, "SINGD")
+
+
+def total(rank, world, row="KFAC"):
     """A sum, multiplied by the number of ranks, since the wrapper averages gradients."""
     model = zoo(torch.float64)
     outer = wrapped(model, world)
-    optimizer = make("KFAC", outer, model.parameters(), loss_reduction="sum")
+    optimizer = make(row, outer, model.parameters(), loss_reduction="sum")
     for step in range(STEPS):
         images, tokens, labels = part(batch(step, SIZE, torch.float64), rank, world)
         optimizer.zero_grad()
@@ -82,11 +86,15 @@ def total(rank, world):
     return found(model, optimizer)
 
 
-def accumulation(rank, world):
+def ikfac_total(rank, world):
+    return total(rank, world, "structured")
+
+
+def accumulation(rank, world, row="split"):
     """Two backward passes a step, the first one without synchronisation; one rank takes the batch whole."""
     model = zoo(torch.float64)
     outer = wrapped(model, world)
-    optimizer = make("split", outer, model.parameters())
+    optimizer = make(row, outer, model.parameters())
     micro = 1 if world == 1 else 2
     for step in range(STEPS):
         mine = part(batch(step, SIZE, torch.float64), rank, world)
@@ -97,6 +105,10 @@ def accumulation(rank, world):
                 (F.cross_entropy(outer(images, tokens), labels) / micro).backward()
         optimizer.step()
     return found(model, optimizer)
+
+
+def ikfac_accumulation(rank, world):
+    return accumulation(rank, world, "structured")
 
 
 def fisher(rank, world):
@@ -184,7 +196,7 @@ def alone(rank, world):
 
 
 SCENARIOS = (mean, inside, factors, factors_in_single_precision, ekfac, total, accumulation, fisher, branches)
-SCENARIOS += (shortcuts, alone)
+SCENARIOS += (shortcuts, alone, singd, ikfac_total, ikfac_accumulation)
 WORLD = 2  # the number of ranks that one process stands for in `branches`
 
 

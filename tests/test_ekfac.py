@@ -108,7 +108,7 @@ def test_moments_of_convolutions_are_exact_per_group():
     conv = nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2)
     model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(6 * 9, 3)).double()
     x, y = normal(6, 4, 5, 5), labels(6)
-    opt = measured(model, x, y)
+    opt = measured(model, x, y, sharing="reduce")
     state, E = opt.state[conv.weight], examples(model, conv, x, y)
     expected = projected(state, E.view(6, 2, 3, -1)).square().mean(0)
     assert_near(state["moment"], expected)

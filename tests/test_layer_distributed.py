@@ -44,7 +44,10 @@ def assert_agree(ranks, scenario):
             assert same, key
 
 
-@pytest.mark.parametrize("scenario", ["mean", "inside", "ekfac", "total", "accumulation", "fisher"])
+@pytest.mark.parametrize(
+    "scenario",
+    ["mean", "inside", "ekfac", "singd", "total", "ikfac_total", "accumulation", "ikfac_accumulation", "fisher"],
+)
 def test_ranks_together_do_what_one_process_does_on_the_whole_batch(ranks, scenario):
     assert_agree(ranks, scenario)
     assert_close(ranks[0][scenario], getattr(layer_ranks, scenario)(0, 1), 1e-9)

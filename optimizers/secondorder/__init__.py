@@ -4,10 +4,19 @@ from secondorder import base as base
 from secondorder.adamw import AdamW as AdamW
 from secondorder.eigenvalue_corrected import EigenvalueCorrectedShampoo as EigenvalueCorrectedShampoo
 from secondorder.ekfac import EKFAC as EKFAC
+from secondorder.if_shampoo import IFShampoo as IFShampoo
 from secondorder.inverse_free_kl_shampoo import InverseFreeKLShampoo as InverseFreeKLShampoo
 from secondorder.kfac import KFAC as KFAC
+from secondorder.kl_shampoo import KLShampoo as KLShampoo
+from secondorder.kl_soap import KLSOAP as KLSOAP
+from secondorder.rf_adamw import RFAdamW as RFAdamW
+from secondorder.rf_rmsprop import RFRMSProp as RFRMSProp
 from secondorder.shampoo import Shampoo as Shampoo
+from secondorder.singd import IKFAC as IKFAC
+from secondorder.singd import SINGD as SINGD
+from secondorder.sirf_shampoo import SIRFShampoo as SIRFShampoo
 from secondorder.soap import SOAP as SOAP
+from secondorder.spectral_factorized import SpectralFactorized as SpectralFactorized
 
 __version__ = "0.1.0"
 
@@ -15,8 +24,17 @@ __all__ = [
     "AdamW",
     "EKFAC",
     "EigenvalueCorrectedShampoo",
+    "IFShampoo",
+    "IKFAC",
     "InverseFreeKLShampoo",
     "KFAC",
+    "KLSOAP",
+    "KLShampoo",
+    "RFAdamW",
+    "RFRMSProp",
+    "SINGD",
+    "SIRFShampoo",
     "SOAP",
     "Shampoo",
+    "SpectralFactorized",
 ]

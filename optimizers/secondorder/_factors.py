@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from secondorder._layer_blocks import _axes
-from secondorder._reports import _spectrum
+from secondorder._reports import _spectrum, resting
 from secondorder.curvature.site import Site
 from secondorder.layout.blocks import Treatment
 from secondorder.layout.buckets import BaseBucket, Bucket
@@ -113,6 +113,10 @@ def _block(b: BaseBucket, r: int, group: dict[str, Any]) -> dict[str, Any]:
         prefix, _, axis = name.rpartition("_")
         if prefix in _FOUND:
             found[_FOUND[prefix]][int(axis)] = _copy(value)
+    span = b.span or 1
+    rows = {name: stack[r * span : (r + 1) * span] for name, stack in b.s.items()}
+    for mode, factor in b.method.factors(rows, resting(b, group, rows)).items():
+        found["factors"][mode] = _copy(factor if b.span else factor[0])
     if "moment" in state:
         found["moment"] = _copy(state["moment"])
     return found

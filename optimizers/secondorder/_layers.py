@@ -21,6 +21,7 @@ from secondorder import _layer_blocks as blocks
 from secondorder._layer_scale import loss_scale, loss_terms, references
 from secondorder._optimizer import Group, PreconditionedOptimizer
 from secondorder._options import LAYERS
+from secondorder._roles import unwrapped
 from secondorder.curvature.capture import Capture, all_reduced
 from secondorder.curvature.fisher import Kind, Loss, fisher_vectors, terms
 from secondorder.curvature.layer import Sums
@@ -93,7 +94,7 @@ class LayerOptimizer(PreconditionedOptimizer):
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        module, ranks = _unwrapped(module)
+        module, ranks = unwrapped(module)
         mine = {id(p) for g in self.param_groups for p in g["params"]}
         if mine and not any(id(p) in mine for p in module.parameters()):
             raise ValueError("module has none of the optimizer's parameters")
@@ -456,18 +457,6 @@ class LayerOptimizer(PreconditionedOptimizer):
             for site in led or self._capture.biases.get(id(p)) or ():
                 if tiles and site.wants.moment and (led or site.weight is None or not site.weight.requires_grad):
                     site.frames = blocks.frames(site, t, [bases for _, bases in tiles])
-
-
-def _unwrapped(module: nn.Module) -> tuple[nn.Module, Any]:
-    """The network inside of wrappers that keep its parameters, and the process group of DDP among them."""
-    ranks = None
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and isinstance(module, nn.parallel.DistributedDataParallel):
-            inner, ranks = module.module, module.process_group
-        if inner is None:
-            return module, ranks
-        module = inner
 
 
 def _sharing(group: Group, site: Site) -> Any:

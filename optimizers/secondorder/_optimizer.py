@@ -90,6 +90,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """How a parameter is cut."""
         return matrix_blocks(shape, group, role)
 
+    def _groups(self) -> Sequence[Group]:
+        """The groups as methods read them: what was measured is in the place of the word that asks for it."""
+        return self.param_groups
+
     def _statistics(self, layout: Layout, flags: Flags) -> Mapping[int, Sums]:
         """Layer statistics of this step, by index of the leading parameter."""
         del layout, flags
@@ -204,7 +208,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if any(g["on_nonfinite"] == "raise" for g in self.param_groups):
             self._raise_if_refused(layout, flags)
         calls = [int(t) + here for t, here in zip(layout.clock.tolist(), present, strict=True)]
-        how = (layout.plan, layout.params, flags, self.param_groups, calls)
+        how = (layout.plan, layout.params, flags, self._groups(), calls)
         held = advance([b for b in layout.buckets if b.held], *how)
         self._before_settling(layout, held, max(calls))
         settle(held)
@@ -315,17 +319,17 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """A flat dict of scalars, ready to be logged. Waits for the device."""
         layout = self._current()
         self._warn(layout, wait=True)
-        return _reports.diagnostics(layout, self.param_groups)
+        return _reports.diagnostics(layout, self._groups())
 
     @torch.no_grad()
     def curvature(self, p: Tensor) -> KroneckerOperator:
         """The curvature that the state of `p` holds, as a linear operator on `p`'s space."""
-        return _reports.operator(self._current(), self.param_groups, p, "curvature")
+        return _reports.operator(self._current(), self._groups(), p, "curvature")
 
     @torch.no_grad()
     def preconditioner(self, p: Tensor) -> KroneckerOperator:
         """What is applied to the gradient (or momentum) of `p`, as a linear operator on `p`'s space."""
-        return _reports.operator(self._current(), self.param_groups, p, "preconditioner")
+        return _reports.operator(self._current(), self._groups(), p, "preconditioner")
 
 
 class ElementwiseOptimizer(PreconditionedOptimizer):

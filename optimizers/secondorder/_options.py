@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import Tensor, nn
 
+from secondorder.preconditioner.protocol import FACTOR_DTYPES
+
 
 class Option(NamedTuple):
     """One option: its default, what is allowed in words, the check, one line of documentation."""
@@ -100,6 +102,11 @@ def is_betas(v: Any) -> bool:
     return isinstance(v, (tuple, list)) and len(v) == 2 and all(map(is_beta, v))
 
 
+def is_positive(v: Any) -> bool:
+    """A number above zero."""
+    return is_number(v) and v > 0
+
+
 def is_bool(v: Any) -> bool:
     """True or False."""
     return isinstance(v, bool)
@@ -108,15 +115,27 @@ def is_bool(v: Any) -> bool:
 def _is_batch_size(v: Any) -> bool:
     if isinstance(v, Tensor):
         return v.numel() == 1 and (v.device.type != "cpu" or bool(v > 0))
-    return v is None or (is_number(v) and v > 0)
+    return v is None or (isinstance(v, str) and v == "count") or (is_number(v) and v > 0)
 
 
 BATCH_SIZE = Option(
     None,
-    "None, a number > 0 or a 1-element tensor",
+    "None, 'count', a number > 0 or a 1-element tensor",
     _is_batch_size,
-    "samples whose mean the loss is, so that batch_size·g² estimates the curvature; None: 1.",
+    "samples whose mean the loss is, so that batch_size·g² estimates the curvature; None: 1; 'count': counted "
+    "from the forward passes of `module`.",
 )
+
+FACTOR_DTYPE = Option("float32", *one_of(*FACTOR_DTYPES), "in what factors are stored.")
+FACTOR_BETA = Option(None, "None or a number in [0, 1)", optional(is_beta), "decay rate of the factors; None: β2.")
+REFRESH_BY = Option("qr", *one_of("qr", "eigh"), "how a basis is refreshed.")
+
+KL: dict[str, Option] = {
+    "factor_beta": FACTOR_BETA,
+    "floor": Option(1e-6, "a number in [0, 1)", is_beta, "smallest eigenvalue of a factor, relative to its largest."),
+    "clip": Option(3.0, "None or a number > 0", optional(is_positive), "largest RMS of a whitened gradient."),
+    "refresh_by": REFRESH_BY,
+}
 
 COMMON: dict[str, Option] = {
     "weight_decay_kind": Option(
@@ -129,7 +148,7 @@ COMMON: dict[str, Option] = {
     "max_update_rms": Option(
         None,
         "None or a number > 0",
-        optional(lambda v: is_number(v) and v > 0),
+        optional(is_positive),
         "largest root mean square of an update (per block; not of the fallback's), before the learning rate; larger "
         "ones are scaled down.",
     ),
@@ -188,16 +207,23 @@ KRONECKER: dict[str, Option] = {
     **BLOCKS,
 }
 
+INITIAL = Option(
+    1.0,
+    "None or a number > 0",
+    optional(is_positive),
+    "second moment before the first gradient; None: none, the average is debiased instead.",
+)
+
 LAYERS: dict[str, Option] = {
     **KRONECKER,
     "fallback_lr_scale": KRONECKER["fallback_lr_scale"]._replace(default=0.3),
     # Natural gradients grow as gradients vanish, and so do clips in their metric; this bounds what is left of that.
     "max_update_rms": KRONECKER["max_update_rms"]._replace(default=10.0),
     "sharing": Option(
-        "auto",
+        "expand",
         *one_of("auto", "expand", "reduce", "none"),
-        "positions that share a weight (tokens, pixels) are data of their own (expand), or are summed first (reduce); "
-        "auto: reduce for convolutions, else expand; none leaves a group to the fallback.",
+        "positions that share a weight (tokens, pixels) are data of their own (expand), or are summed first (reduce: "
+        "cheaper, coarser); auto: reduce for convolutions, else expand; none leaves a group to the fallback.",
     ),
     "sides": Option(
         "both", *one_of("both", "inputs"), "factors on both sides of a weight, or on its inputs only (no backward)."
@@ -213,14 +239,14 @@ LAYERS: dict[str, Option] = {
     "norm_clip": Option(
         1.0,
         "None or a number > 0",
-        optional(lambda v: is_number(v) and v > 0),
+        optional(is_positive),
         "largest √<direction, gradient>, all blocks together: the length of a direction in the curvature's own metric. "
         "Longer ones are scaled down, so that lr bounds a step's divergence: KL <= (lr·norm_clip)²/2 to second order.",
     ),
     "kl_clip": Option(
         None,
         "None or a number > 0",
-        optional(lambda v: is_number(v) and v > 0),
+        optional(is_positive),
         "the same with lr included: largest lr²·<direction, gradient>. A schedule of lr then moves no step that is "
         "clipped; for results of others.",
     ),

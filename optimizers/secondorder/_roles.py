@@ -1,4 +1,4 @@
-"""Names and roles of parameters: what the network's own modules say about them."""
+"""Names and roles of parameters: what the network's own modules say about them, inside of its wrappers."""
 
 from __future__ import annotations
 
@@ -48,3 +48,15 @@ def _set_role(out: dict[int, Label], p: Any, role: str) -> None:
     known = out.get(id(p))
     if known is not None and known.role == "hidden":
         out[id(p)] = Label(known.name, role)
+
+
+def unwrapped(module: nn.Module) -> tuple[nn.Module, Any]:
+    """The network inside of wrappers that keep its parameters, and the process group of DDP among them."""
+    ranks = None
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and isinstance(module, nn.parallel.DistributedDataParallel):
+            inner, ranks = module.module, module.process_group
+        if inner is None:
+            return module, ranks
+        module = inner

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from typing_extensions import Unpack
 
 from secondorder._optimizer import PreconditionedOptimizer
-from secondorder._options import KRONECKER, KroneckerOptions, Option, is_beta, is_number, one_of, optional
+from secondorder._options import FACTOR_BETA, KRONECKER, REFRESH_BY, KroneckerOptions, Option, is_number
 from secondorder.curvature.gradient import GradientStatistic
 from secondorder.preconditioner.eigenbasis import EigenBasis
 from secondorder.preconditioner.protocol import Method
@@ -61,9 +61,9 @@ class EigenvalueCorrectedShampoo(PreconditionedOptimizer):
     """
 
     own_options = {
-        "factor_beta": Option(None, "None or a number in [0, 1)", optional(is_beta), "decay rate of the covariances."),
+        "factor_beta": FACTOR_BETA,
         "exponent": Option(0.5, "a number in (0, 1]", lambda v: is_number(v) and 0 < v <= 1, "of the second moment."),
-        "refresh_by": Option("qr", *one_of("qr", "eigh"), "how a basis is refreshed."),
+        "refresh_by": REFRESH_BY,
     }
     shared_options = KRONECKER
 

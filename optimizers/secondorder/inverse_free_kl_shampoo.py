@@ -7,14 +7,10 @@ from typing import Any
 from typing_extensions import Unpack
 
 from secondorder._optimizer import PreconditionedOptimizer
-from secondorder._options import BLOCKS, BlockOptions, Option, is_number, optional
+from secondorder._options import BLOCKS, BlockOptions, Option, is_number, is_positive, optional
 from secondorder.layout.blocks import Treatment, two_sided_blocks
 from secondorder.preconditioner.protocol import Method
 from secondorder.preconditioner.symmetric_root import SymmetricRoot
-
-
-def _positive(v: Any) -> bool:
-    return is_number(v) and v > 0
 
 
 class InverseFreeKLShampoo(PreconditionedOptimizer):
@@ -64,9 +60,9 @@ class InverseFreeKLShampoo(PreconditionedOptimizer):
         "max_update_rms": BLOCKS["max_update_rms"]._replace(default=1.0),
     }
     own_options = {
-        "factor_rate": Option(0.1, "a number in (0, 1/2]", lambda v: _positive(v) and v <= 0.5, ""),
+        "factor_rate": Option(0.1, "a number in (0, 1/2]", lambda v: is_positive(v) and v <= 0.5, ""),
         "fast_start": Option(10.0, "a number >= 0", lambda v: is_number(v) and v >= 0, ""),
-        "clip": Option(3.0, "None or a number > 0", optional(_positive), ""),
+        "clip": Option(3.0, "None or a number > 0", optional(is_positive), ""),
         "dense_steps": Option(50, "an int >= 0", lambda v: is_number(v) and v == int(v) >= 0, ""),
     }
 

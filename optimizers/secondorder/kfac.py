@@ -7,7 +7,7 @@ from typing import Any, Literal
 from typing_extensions import Unpack
 
 from secondorder._adaptive import AdaptiveLayerOptimizer
-from secondorder._options import LAYERS, LayerOptions, Option, is_number, one_of
+from secondorder._options import LAYERS, REFRESH_BY, LayerOptions, Option, is_number, one_of
 from secondorder.curvature.layer import LayerStatistic
 from secondorder.preconditioner.damped import DAMPING_KINDS, DampedSpectrum, LayerKronecker, averaged
 from secondorder.preconditioner.layer_basis import LayerBasis
@@ -67,7 +67,7 @@ class KFAC(AdaptiveLayerOptimizer):
     own_options = {
         "damping": Option(0.1, "a number >= 0", lambda v: is_number(v) and v >= 0, "damping."),
         "damping_kind": Option("relative", *one_of(*DAMPING_KINDS), "what damping is added to."),
-        "refresh_by": Option("eigh", *one_of("eigh", "qr"), "how a basis is refreshed."),
+        "refresh_by": REFRESH_BY._replace(default="eigh"),
     }
     shared_options = LAYERS
 

@@ -135,14 +135,16 @@ def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:  # Y (n, d, m), d >= m
     return torch.where(ok[:, None, None], Q, identity), ok
 
 
-def power(x: Tensor, exponent: float) -> Tensor:
-    """`x ** exponent` for `x >= 0`; square roots where the exponent is ±2^-k, which scale exactly with powers of 4^k.
+def wide(x: Tensor) -> Tensor:
+    """`x` in float64, where the device has it: in float32 powers and logarithms round by the position in a vector."""
+    return x if x.device.type == "mps" else x.double()
 
-    The rounding of `pow` in float32 depends on the position in the vector, so other exponents are taken in float64.
-    """
+
+def power(x: Tensor, exponent: float) -> Tensor:
+    """`x ** exponent`, `x >= 0`; by square roots where the exponent is ±2^-k: they scale exactly with powers of 4^k."""
     halvings = -math.log2(abs(exponent))
     if not (halvings >= 0 and halvings.is_integer()):
-        return (x if x.device.type == "mps" else x.double()).pow(exponent).to(x.dtype)
+        return wide(x).pow(exponent).to(x.dtype)
     for _ in range(int(halvings)):
         x = x.sqrt()
     return x.reciprocal() if exponent < 0 else x

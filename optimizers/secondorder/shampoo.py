@@ -10,7 +10,16 @@ from typing import Any, Literal
 from typing_extensions import Unpack
 
 from secondorder._optimizer import PreconditionedOptimizer
-from secondorder._options import KRONECKER, KroneckerOptions, Option, is_beta, is_count, is_number, one_of, optional
+from secondorder._options import (
+    FACTOR_BETA,
+    KRONECKER,
+    KroneckerOptions,
+    Option,
+    is_count,
+    is_number,
+    one_of,
+    optional,
+)
 from secondorder.curvature.gradient import GradientStatistic
 from secondorder.layout.blocks import Treatment, matrix_blocks
 from secondorder.preconditioner.grafts import GRAFTS
@@ -77,7 +86,7 @@ class Shampoo(PreconditionedOptimizer):
     """
 
     own_options = {
-        "factor_beta": Option(None, "None or a number in [0, 1)", optional(is_beta), "decay rate of the covariances."),
+        "factor_beta": FACTOR_BETA,
         "factor_average": Option("ema", *one_of("ema", "sum"), "average or sum."),
         "damping": Option(1e-6, "a number >= 0", lambda v: is_number(v) and v >= 0, "relative ridge."),
         "exponent": Option(

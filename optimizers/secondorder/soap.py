@@ -7,7 +7,7 @@ from typing import Any, Literal
 from typing_extensions import Unpack
 
 from secondorder._optimizer import PreconditionedOptimizer
-from secondorder._options import KRONECKER, KroneckerOptions, Option, is_beta, one_of, optional
+from secondorder._options import FACTOR_BETA, KRONECKER, REFRESH_BY, KroneckerOptions, Option, one_of
 from secondorder.curvature.gradient import GradientStatistic
 from secondorder.preconditioner.adam import AdamInBasis
 from secondorder.preconditioner.eigenbasis import EigenBasis
@@ -63,9 +63,9 @@ class SOAP(PreconditionedOptimizer):
     """
 
     own_options = {
-        "factor_beta": Option(None, "None or a number in [0, 1)", optional(is_beta), "decay rate of the covariances."),
+        "factor_beta": FACTOR_BETA,
         "first": Option("apply", *one_of("apply", "skip"), "what a first gradient does."),
-        "refresh_by": Option("qr", *one_of("qr", "eigh"), "how a basis is refreshed."),
+        "refresh_by": REFRESH_BY,
     }
     shared_options = KRONECKER
 

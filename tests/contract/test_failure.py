@@ -124,9 +124,13 @@ class TestRange:
 
     @pytest.mark.parametrize("exponent", [-44, -22, 22, 44])
     def test_size_of_the_gradient_does_not_matter(self, case, exponent):
-        """Within the usable range the update does not depend on the gradient's size (eps apart); 2^k scales exactly."""
+        """Within the usable range the update does not depend on the gradient's size (eps apart); 2^k scales exactly.
+
+        A root-free update is inverse to it: its learning rate makes up for that.
+        """
         params, twins = parameters(), parameters()
-        a, b = case.make(params, eps=0.0), case.make(twins, eps=0.0)
+        more = dict(lr=0.01 * 2.0**exponent, initial=None) if case.takes("initial") else {}
+        a, b = case.make(params, eps=0.0, **more), case.make(twins, eps=0.0, **{**more, "lr": case.kwargs["lr"]})
         cases.train(a, params, range(9), before=lambda step: [p.grad.mul_(2.0**exponent) for p in params])
         cases.train(b, twins, range(9))
         for p, q in zip(params, twins, strict=True):

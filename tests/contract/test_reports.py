@@ -100,9 +100,13 @@ class TestOperators:
             pytest.skip("its factors move in every step: tests/test_flagship.py compares with those before")
         more = dict(betas=(0.0, 0.9), weight_decay=0.0, lr=0.1)
         if case.takes("nesterov"):
-            more.update(nesterov=False, refresh_every=4, refresh="together")
+            more.update(nesterov=False)
+        if case.takes("refresh_every"):
+            more.update(refresh_every=4, refresh="together")
         if case.takes("clip"):  # what is clipped is no longer linear in the gradient
             more.update(clip=None)
+        if case.takes("max_update_rms"):
+            more.update(max_update_rms=None)
         params = parameters(dtype=torch.float64)
         optimizer = case.make(params, **more, **options)
         for step in range(11):

@@ -139,7 +139,9 @@ def moment_sums(
             right = torch.cat([right, right.new_ones(*right.shape[:-1], 1)], -1)
         right = right if Q_in is None else right @ Q_in[:, None]
         if not by_sample or g.shape[2] == 1:
-            found.append(left.flatten(1, 2).square().mT @ right.flatten(1, 2).square())
+            # contiguous, as after a turn: sums round by the layout, and frames may or may not be there in a first pass
+            rows, columns = (t.flatten(1, 2).contiguous().square() for t in (left, right))
+            found.append(rows.mT @ columns)
             continue
         at_once = max(1, _CHUNK // max(1, left.shape[0] * left.shape[-1] * right.shape[-1]))
         total = left.new_zeros(left.shape[0], left.shape[-1], right.shape[-1])

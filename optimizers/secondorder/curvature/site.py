@@ -136,11 +136,11 @@ class Site:
         weight, bias = self.names
         return getattr(module, weight, None) is self.weight and getattr(module, bias, None) is self.bias
 
-    def __deepcopy__(self, memo: Any) -> _Nothing:
-        return _Nothing()  # a copied module's hooks are copies too, and the optimizer belongs to the original
+    def __deepcopy__(self, memo: Any) -> Nothing:
+        return Nothing()  # a copied module's hooks are copies too, and the optimizer belongs to the original
 
     def __reduce__(self) -> Any:
-        return _Nothing, ()
+        return Nothing, ()
 
     def statistics(self, gs: tuple[Tensor, ...], saved: tuple[Tensor, ...]) -> list[Tensor | None]:
         """One value per leaf."""
@@ -214,10 +214,11 @@ class Site:
         return out
 
 
-class _Nothing:
-    """What a copied or pickled module has in a site's place."""
+class Nothing:
+    """What a copied or pickled module has in a hook's place."""
 
     def __call__(self, *args: Any) -> None:
+        """See `Site`."""
         return None
 
 

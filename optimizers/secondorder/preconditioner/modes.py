@@ -24,3 +24,13 @@ def mul(A: Tensor, X: Tensor, mode: int) -> Tensor:
         return A @ X if mode == 0 else X @ A.mT
     Y = X.movedim(mode + 1, 1)
     return (A @ Y.reshape(Y.shape[0], Y.shape[1], -1)).view(Y.shape).movedim(1, mode + 1)
+
+
+def along(a: Tensor, X: Tensor, mode: int) -> Tensor:
+    """`a (n, d_mode)` as a tensor that broadcasts along one mode of `X`."""
+    return a.view(a.shape[0], *(a.shape[1] if j == mode else 1 for j in range(X.ndim - 1)))
+
+
+def mean_square(X: Tensor) -> Tensor:
+    """`(n,)`, over all entries of a block."""
+    return X.flatten(1).square().mean(1)

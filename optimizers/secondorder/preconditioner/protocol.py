@@ -25,6 +25,8 @@ State = dict[str, Tensor]
 Streams = Mapping[str, Tensor]
 Modes = tuple[int, ...]
 
+FACTOR_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # of factors, by option; None: that of the products
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -211,6 +213,10 @@ class Method:
         What is applied may lag behind. None where it is the same.
         """
         return None
+
+    def factors(self, s: State, c: Context) -> dict[int, Tensor]:
+        """Curvature factors by mode, `(n, d, d)` or `(n, d)`, of a state that keeps them in another form."""
+        return {}
 
     def conditions(self, s: State, c: Context) -> dict[int, Tensor]:
         """Condition number `(n,)` of the factor of each mode, for `diagnostics()`."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from secondorder import linalg
-from secondorder.preconditioner.modes import gram, mul, unfold
+from secondorder.preconditioner.modes import along, gram, mean_square, mul, unfold
 from secondorder.preconditioner.protocol import Context, Method, Modes, Spec, State, Streams, ema_, put_
 
 _POWER_ITERATIONS = 4  # from the heaviest column; an exact λ_max in the cap trained no better
@@ -59,7 +59,7 @@ class SymmetricRoot(Method):
         """`K_i = rms(G)^(-1/k) I`: the first whitened gradient has RMS 1."""
         G = x["grad"]
         k = len(c.modes) + len(c.diagonal)
-        size = _power(_mean_square(G), -0.5 / k)
+        size = linalg.power(mean_square(G), -0.5 / k)
         for i in (*c.modes, *c.diagonal):
             root = s[f"root_{i}"]
             one = torch.ones(root.shape[-1], dtype=root.dtype, device=root.device)
@@ -68,7 +68,7 @@ class SymmetricRoot(Method):
     def screen(self, s: State, x: Streams, c: Context) -> tuple[dict[str, Tensor], Tensor]:
         """Whiten the gradient once, and clip what is too large by the measure of the factors as they are."""
         W = self._whiten(s, x["grad"], c)
-        size = _mean_square(W).sqrt()
+        size = mean_square(W).sqrt()
         finite = size.isfinite()
         limit = c.hp["clip"]
         shrink = torch.ones_like(size)
@@ -91,10 +91,10 @@ class SymmetricRoot(Method):
         rate = (c.hp["fast_start"] / (t + 1)).clamp(max=0.5).clamp_min(c.hp["factor_rate"])
         live = c.seen_gate > 0
         scale_rate = torch.maximum(rate, 1 / t) * c.seen_gate
-        noise = c.hp["eps"] * ema_(s["gradient_scale"], _mean_square(G), scale_rate, c)
+        noise = c.hp["eps"] * ema_(s["gradient_scale"], mean_square(G), scale_rate, c)
         traces = {i: s[f"root_{i}"].flatten(1).square().sum(1) / W.shape[i + 1] for i in modes}
         volume = torch.stack([traces[i] for i in modes]).prod(0)
-        w = _mean_square(W) + noise * volume
+        w = mean_square(W) + noise * volume
         z = 1 - rate + rate * w
         eta = rate * w / z
         moved = {}
@@ -104,7 +104,7 @@ class SymmetricRoot(Method):
             moved[i] = move(s[f"root_{i}"], W, i, damping, w, eta)
         sizes = {i: (K.flatten(1).square().sum(1) / W.shape[i + 1]).sqrt() for i, K in moved.items()}
         k = len(modes)
-        balanced = _power(torch.stack([sizes[i] for i in modes]).prod(0), 1 / k) * _power(z, -0.5 / k)
+        balanced = linalg.power(torch.stack([sizes[i] for i in modes]).prod(0), 1 / k) * linalg.power(z, -0.5 / k)
         new = {i: K * c.expand(balanced / sizes[i], K) for i, K in moved.items()}
         good = torch.stack([K.flatten(1).isfinite().all(1) for K in new.values()]).all(0)
         s["failures"].add_((live & ~good).to(s["failures"].dtype))
@@ -115,7 +115,7 @@ class SymmetricRoot(Method):
         for i in c.modes:
             X = mul(s[f"root_{i}"].mT, X, i)
         for i in c.diagonal:
-            X = X * _along(s[f"root_{i}"], X, i)
+            X = X * along(s[f"root_{i}"], X, i)
         return X
 
     def spectra(self, s: State, c: Context) -> tuple[dict[int, Tensor], Tensor, Tensor]:
@@ -129,7 +129,7 @@ class SymmetricRoot(Method):
             if i in c.modes:
                 squares, bases[i], _ = linalg.eigh(root @ root.mT)
                 values = squares.clamp_min(0).sqrt()
-            spectrum = spectrum * _along(values, spectrum, i)
+            spectrum = spectrum * along(values, spectrum, i)
         return bases, 1 / spectrum.square(), spectrum
 
     def conditions(self, s: State, c: Context) -> dict[int, Tensor]:
@@ -177,17 +177,3 @@ def _symmetrise(K: Tensor) -> Tensor:
     first, second = (X.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) for X in (KR, KRR))
     turn = torch.where(second < 0, -first / second, 1.0).clamp_max(_LARGEST_TURN)
     return torch.where(still, K, K + turn * KR + 0.5 * turn * turn * KRR)
-
-
-def _mean_square(X: Tensor) -> Tensor:
-    return X.flatten(1).square().mean(1)
-
-
-def _along(a: Tensor, X: Tensor, mode: int) -> Tensor:
-    """`a (n, d)` as a tensor that broadcasts along one mode of `X`."""
-    return a.view(a.shape[0], *(a.shape[1] if j == mode else 1 for j in range(X.ndim - 1)))
-
-
-def _power(x: Tensor, exponent: float) -> Tensor:
-    """Power of a `(n,)` tensor in float64: in float32 its rounding depends on the position in the vector."""
-    return (x if x.device.type == "mps" else x.double()).pow(exponent).to(x.dtype)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from secondorder.preconditioner.structures.arrow import Arrow
 from secondorder.preconditioner.structures.block_diagonal import BlockDiagonal
@@ -62,6 +63,15 @@ def structure(name: str) -> Structure:
     raise ValueError(f"Invalid structure: {name!r}, must be one of {known}")
 
 
+def is_structure(name: Any) -> bool:
+    """Whether a structure has this name."""
+    try:
+        structure(name)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def structure_names(given: str | Sequence[str], axes: int) -> tuple[str, ...]:
     """The name of each axis: one for all, or a sequence whose last name is that of all further axes."""
     names = (given,) if isinstance(given, str) else tuple(given)
@@ -76,6 +86,7 @@ __all__ = [
     "Diagonal",
     "Structure",
     "Toeplitz",
+    "is_structure",
     "structure",
     "structure_names",
 ]
