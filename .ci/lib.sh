@@ -66,6 +66,14 @@ cases() {
   "${run[@]}" -m dist -k "not fsdp2" || "${run[@]}" -m dist -k "not fsdp2"
 }
 
+# integrations MARKS: with the real trainers; torchvision comes with a test dependency, made for another torch, and they
+# import it where it is
+integrations() {
+  "$root/.venv/bin/pip" install -q -c constraints.txt -e ".[integrations]"
+  "$root/.venv/bin/pip" uninstall -q -y torchvision
+  "$python" -m pytest -m "$1" tests/integrations
+}
+
 golden() { GOLDEN_DIR=../shared/golden "$python" -m pytest tests/test_golden.py; }
 
 # finish: the summary; the exit code says whether every stage passed

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from secondorder.curvature.site import Site, Wants
+from secondorder.layout.blocks import Fold
 
 _TOLERANCE = 1e-3
 
@@ -69,4 +70,7 @@ def _applied(site: Site) -> Tensor | None:
     """What a probe is compared with."""
     if site.wants.reference == "bias":
         return None if site.bias is None else site.bias.grad
-    return None if site.weight is None or site.weight.grad is None else site.weight.grad.flatten(1).sum(1)
+    if site.weight is None or site.weight.grad is None:
+        return None
+    rule, grad = site.rule, site.weight.grad
+    return (grad if rule.fold is None else Fold(*rule.fold).apply(grad, (rule.d_out, rule.d_in))).flatten(1).sum(1)

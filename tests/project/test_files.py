@@ -58,8 +58,8 @@ def test_root_holds_the_agreed_entries_only() -> None:
 def test_every_direct_dependency_is_pinned() -> None:
     # Read as text: tomllib is in the standard library from Python 3.11 on only.
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    lists = re.findall(r"^(?:dependencies|recipes|dev) = \[(.*?)\]$", text, flags=re.MULTILINE | re.DOTALL)
-    assert len(lists) == 3
+    lists = re.findall(r"^(?:dependencies|recipes|integrations|dev) = \[(.*?)\]$", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(lists) == 4
     wanted = {name.lower() for part in lists for name in re.findall(r'"([A-Za-z][\w-]*)', part)}
     pins = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert wanted == {name.lower() for name in pins}

@@ -112,7 +112,7 @@ class InverseFree(Method):
         volume = torch.stack([v.size * v.trace if relative else v.size for v in seen])
         if self.coupled:
             signal, volume = (traces.prod(0).expand_as(traces) for traces in (signal, volume))
-        ridge, rate = c.hp["damping"] * volume, _wide(self.rate(c))
+        ridge, rate = c.hp["damping"] * volume, linalg.wide(self.rate(c))
         w = signal + ridge
         z = 1 + rate * (w - 1)
         scalars = zip(rate * w / z, ridge / w, z.log(), strict=True)
@@ -133,8 +133,8 @@ class InverseFree(Method):
         kind, is_diagonal = self.structure(mode, c.diagonal), mode in c.diagonal
         K = K.to(S.dtype)
         tiny = torch.finfo(S.dtype).tiny
-        trace = _wide((S if is_diagonal else S.diagonal(dim1=-2, dim2=-1)).mean(-1)).clamp_min(tiny)
-        size = _wide(kind.frobenius(K)).square() / S.shape[-1]
+        trace = linalg.wide((S if is_diagonal else S.diagonal(dim1=-2, dim2=-1)).mean(-1)).clamp_min(tiny)
+        size = linalg.wide(kind.frobenius(K)).square() / S.shape[-1]
         unit = K * c.expand(size.rsqrt().to(K.dtype), K)
         size = torch.where(c.seen > 1, size, 1 / trace)  # the first statistic sets the scale
         S = S * c.expand((1 / trace).to(S.dtype), S)
@@ -142,7 +142,7 @@ class InverseFree(Method):
             H = unit.square() * S
         else:
             H = kind.project(kind.apply_t(unit, kind.apply_t(unit, S).mT))
-        spread = _wide(kind.average_trace(H)).clamp_min(tiny)
+        spread = linalg.wide(kind.average_trace(H)).clamp_min(tiny)
         H = H * c.expand((1 / spread).to(H.dtype), H)
         return Whitened(unit, H, kind.self_gram(unit), trace, size, trace * size * spread, S.shape[-1])
 
@@ -159,7 +159,7 @@ class InverseFree(Method):
             rate = c.rate(alpha, c.seen)
             T = new[f"velocity_{mode}"] = s[f"velocity_{mode}"].to(dtype).lerp(T, c.expand(rate, T))
             new[f"scale_velocity_{mode}"] = s[f"scale_velocity_{mode}"].lerp(log_z.to(dtype), rate)
-            log_z = _wide(new[f"scale_velocity_{mode}"])
+            log_z = linalg.wide(new[f"scale_velocity_{mode}"])
         scale = ((v.size.log() - log_z) / 2).exp().to(dtype)
         if mode in c.diagonal:
             K = v.unit * (1 + T).clamp_min(torch.finfo(dtype).eps).rsqrt()
@@ -208,7 +208,3 @@ class InverseFree(Method):
         full = self.structure(mode, c.diagonal).to_dense(K)
         values, Q, _ = linalg.eigh(full @ full.mT)
         return torch.maximum(values, torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)), Q
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.double()

@@ -19,11 +19,11 @@ class LinearRule(Unbound):
 
     d_in: int
     d_out: int
+    fold: tuple[tuple[int, int], tuple[int, int]] | None = None
     groups: int = 1
     masks: bool = True
     tokens: bool = False
     pooled: bool = False
-    fold: None = None
 
     def save(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
         """The input itself."""
@@ -45,6 +45,12 @@ class LinearRule(Unbound):
 def linear_rule(module: nn.Linear) -> LinearRule:
     """The rule of a linear layer."""
     return LinearRule(module.in_features, module.out_features)
+
+
+def transposed_linear_rule(module: nn.Module) -> LinearRule:
+    """The rule of a linear layer whose weight is `(d_in, d_out)`."""
+    d_in, d_out = module.weight.shape  # type: ignore[misc]
+    return LinearRule(d_in, d_out, fold=((d_in, d_out), (1, 0)))
 
 
 def _positions(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from secondorder.curvature.layers.attention import attention_rule, swap
 from secondorder.curvature.layers.conv import conv_rule, conv_transpose_rule
 from secondorder.curvature.layers.embedding import embedding_rule
-from secondorder.curvature.layers.linear import linear_rule
+from secondorder.curvature.layers.linear import linear_rule, transposed_linear_rule
 from secondorder.curvature.layers.norm import norm_rule
 from secondorder.curvature.layers.protocol import LayerRule
 
@@ -20,12 +20,13 @@ class Kind(NamedTuple):
     """A kind of layer.
 
     Attributes:
-        bases: Modules of these classes, and of subclasses that leave `forward` alone.
+        bases: Modules of these classes, and of subclasses that leave `forward` alone; a class of a package that may be
+            absent is given by its qualified name.
         rule: Makes the rule of a module; a ValueError says why there is none.
         names: Attributes of weight and bias.
     """
 
-    bases: tuple[type[nn.Module], ...]
+    bases: tuple[type[nn.Module] | str, ...]
     rule: Callable[[Any], LayerRule]
     names: tuple[str, str] = ("weight", "bias")
 
@@ -33,6 +34,7 @@ class Kind(NamedTuple):
 ATTENTION = Kind((nn.MultiheadAttention,), attention_rule, ("in_proj_weight", "in_proj_bias"))
 KINDS = [
     Kind((nn.Linear,), linear_rule),
+    Kind(("transformers.pytorch_utils.Conv1D",), transposed_linear_rule),  # GPT-2's linear layers
     Kind((nn.Conv1d, nn.Conv2d, nn.Conv3d), conv_rule),
     Kind((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), conv_transpose_rule),
     Kind((nn.Embedding,), embedding_rule),
@@ -52,7 +54,8 @@ def kind_of(module: nn.Module) -> tuple[Kind, LayerRule] | str:
         refused = swap(module)
         return f"{name}: {refused}" if refused else _ruled(ATTENTION, module)
     for kind in KINDS:
-        base = next((base for base in kind.bases if isinstance(module, base)), None)
+        named = (c for c in type(module).__mro__ if c in kind.bases or f"{c.__module__}.{c.__qualname__}" in kind.bases)
+        base: Any = next(named, None)
         if base is None:
             continue
         if is_parametrized(module):
