@@ -40,7 +40,7 @@ class RFRMSProp(BatchCounting, ElementwiseOptimizer):
 
     Args:
         params: Parameters, dicts of parameter groups, or `(name, parameter)` pairs.
-        lr: Learning rate, a number or a 1-element tensor. Default: 1e-2.
+        lr: Learning rate, a number or a 1-element tensor. Default: 3e-3.
         betas: Decay rates (β1, β2) of the momentum and of the second moment. Default: (0.9, 0.99).
         eps: Damping: added to the second moment. Default: 1e-4.
         weight_decay: Strength of weight decay. Default: 0.
@@ -59,7 +59,7 @@ class RFRMSProp(BatchCounting, ElementwiseOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: Any = 1e-2,
+        lr: Any = 3e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         *,
         eps: float = 1e-4,

@@ -53,7 +53,7 @@ class SINGD(LayerOptimizer):
 
     `factor_dtype="bfloat16"` halves the memory of factors: products are in float32, and what is stored is rounded
     stochastically, by a hash of each block's own counters (a resumed run has the same bits). Rounded to nearest,
-    factors would stand still. The autoencoder below ends at 0.20 as well.
+    factors would stand still.
 
     Source: Lin et al., *Simplifying momentum-based positive-definite submanifold optimization with applications to deep
     learning* (2023, arXiv:2302.09738: INGD); *Structured inverse-free natural gradient descent* (2024,
@@ -65,14 +65,13 @@ class SINGD(LayerOptimizer):
     decay decoupled (`weight_decay_kind="coupled"`: inside of it); groups of a convolution have factors of their own;
     sides beyond `max_block_size` are cut.
 
-    A step's length in the curvature's metric is at most `lr · norm_clip`, as with KFAC: 0.05 suits dense factors, 0.01
-    diagonal ones. Recipes at the defaults, seed 1: deep autoencoder (`configs/autoencoder.yaml`) 0.20, where AdamW ends
-    at 1.6 to 2.2; language model (`configs/lm_tiny.yaml`, 300 steps) 2.13, where AdamW ends at 2.32. Statistics in
-    every 10th call (the papers' T) are too few for runs this short: 0.33 and 2.54 at best.
+    A step's length in the curvature's metric is at most `lr · norm_clip`, as with KFAC: 0.01 to 0.05 suits dense
+    factors, 0.01 diagonal ones. Statistics in every 10th call (the papers' T) are too few for runs of a few hundred
+    steps.
 
     Args:
         params: Parameters, dicts of parameter groups, or `(name, parameter)` pairs.
-        lr: Learning rate, a number or a 1-element tensor. Default: 0.05.
+        lr: Learning rate, a number or a 1-element tensor. Default: 0.03.
         betas: Decay rate β1 of the momentum, and β2 of the AdamW fallback. Default: (0.9, 0.999).
         factor_rate: Rate β at which the factors move. Default: 0.1.
         factor_momentum: Decay rate of the average of the factors' steps; 0: none is stored. Default: 0.
@@ -106,7 +105,7 @@ class SINGD(LayerOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: Any = 0.05,
+        lr: Any = 0.03,
         betas: tuple[float, float] = (0.9, 0.999),
         *,
         factor_rate: float = 0.1,
