@@ -7,9 +7,8 @@ the command line.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,13 +29,13 @@ usage: python recipes/train.py [--config FILE]... [--section.key=value]... [--co
   --config FILE         a YAML file; several are merged, the last wins (one per task, one per optimizer)
   --compare NAMES       train these too, on the same data in the same order; the first is the baseline (none: no one)
   --resume DIR          continue a run from its folder
-  --sweep KEY=V1,V2     train the main optimizer once per value; several span a grid
   --help                this text, for the task and optimizer that are chosen
 """
 # Neither the data, the model nor the path of the optimizer depends on these before the run's former last step (but a
 # schedule that decays is stretched by train.steps).
 MAY_CHANGE_ON_RESUME = (
-    "train.steps train.threads eval.every log.every log.checkpoint_every log.wandb log.project out compare".split()
+    *("train.steps", "train.threads", "eval.every", "out", "compare"),
+    *(f"log.{key}" for key in ("every", "diagnostics", "checkpoint_every", "wandb", "project")),
 )
 
 
@@ -48,7 +47,6 @@ class Arguments:
     overrides: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     compare: list[str] | None = None
     resume: Path | None = None
-    sweep: list[tuple[str, list[str]]] = dataclasses.field(default_factory=list)
     help: bool = False
 
 
@@ -77,15 +75,8 @@ def parse(argv: Sequence[str]) -> Arguments:
             arguments.resume = Path(value)
         elif key == "compare":
             arguments.compare = (arguments.compare or []) + _names(value)
-        elif key == "sweep":
-            swept, _, values = value.partition("=")
-            arguments.sweep.append((swept, [v for v in values.split(",") if v]))
-            if not arguments.sweep[-1][1]:
-                raise RecipeError(f"--sweep: expected KEY=VALUE,VALUE, got {value!r}")
         else:
             arguments.overrides.append((key, value))
-    if arguments.sweep and arguments.resume:
-        raise RecipeError("--sweep makes new runs, --resume continues one: give one of them")
     return arguments
 
 
@@ -110,17 +101,19 @@ def resolve(arguments: Arguments) -> Config:
     plain = {key: merged[key] for key in merged if key not in values}
     config: Config = _build(Config, plain, "", **values)
     if arguments.resume:
-        _refuse_changes(_read(arguments.resume / "config.yaml"), as_dict(config))
+        refuse_changes(arguments.resume, config)
     return config
 
 
-def points(arguments: Arguments) -> Iterator[tuple[dict[str, str], Arguments]]:
-    """The points of the sweep's grid, each with its own arguments; one empty point without a sweep."""
-    keys = [key for key, _ in arguments.sweep]
-    for values in itertools.product(*(values for _, values in arguments.sweep)):
-        point = dict(zip(keys, values, strict=True))
-        compare = [] if point else arguments.compare  # a sweep is of the main optimizer: train no baseline per point
-        yield point, dataclasses.replace(arguments, overrides=[*arguments.overrides, *point.items()], compare=compare)
+def refuse_changes(folder: Path, config: Config) -> bool:
+    """Whether a run folder was made with just this config.
+
+    Raises:
+        RecipeError: What differs may not change when a run is continued.
+    """
+    old, new = _read(folder / "config.yaml"), as_dict(config)
+    _refuse_changes(old, new)
+    return {**old, "out": ""} == {**new, "out": ""}
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -244,13 +237,13 @@ def _refuse_unknown(merged: Mapping[str, Any], task: ModuleType) -> None:
     known = {field.name for field in dataclasses.fields(Config)} | {"tuned_lr", "optimizer.name", "optimizer.lr"}
     for name, section in _sections(task).items():
         known |= {f"{name}.{field.name}" for field in dataclasses.fields(section)}
-    for key in _flat(merged):
+    for key in flat(merged):
         if key not in known and not key.startswith(("optimizer.", "tuned_lr.")):
             raise RecipeError(f"unknown key {key!r}{suggestion(key, sorted(known))}")
 
 
 def _refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     for key in sorted(set(before) | set(after)):
         if before.get(key) != after.get(key) and key not in MAY_CHANGE_ON_RESUME:
             raise RecipeError(
@@ -261,11 +254,12 @@ def _refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         raise RecipeError("--resume: optimizers may be added to compare, those of the run must stay as they were")
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values by their dotted keys."""
+    found = {}
     for key, value in mapping.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value})
-    return flat
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value})
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,15 @@
 """Compare optimizers over several seeds: one table and one picture.
 
     python recipes/compare.py --config configs/autoencoder.yaml --optimizers soap,soap_reference,torch.muon --tune
+    python recipes/compare.py --config configs/autoencoder.yaml --optimizers all --tune
 
 The target is the worst final validation loss among AdamW's seeds, so that AdamW needs its whole budget for it. The
 table says how many steps and seconds each run of each optimizer took to get there. AdamW is trained in the same
 command, on the same batches. With --tune, each optimizer first gets the learning rate of the grid with the lowest final
 loss on the first seed; without, the config's tuned_lr, else the class's default. Nothing else is tuned.
+
+The folder holds comparison.txt, table.md (the table for a README, with its command), curves.png, and a run folder for
+each seed and each point of --tune. `--resume FOLDER` goes on where a comparison was killed, or adds to it.
 """
 
 from __future__ import annotations
@@ -13,15 +17,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
+import shlex
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+import campaign
 import command
 import curves
+import optimizer
 import results
 import runfolder
 import train
@@ -30,19 +38,22 @@ from command import Arguments
 from config import Config
 from convert import convert
 from errors import RecipeError
-from results import Result
+from results import Cell, Result
 from world import World
 
 USAGE = """\
 usage: python recipes/compare.py [--config FILE]... [--section.key=value]... [the following]
 
-  --optimizers NAMES    classes and variants (configs/optim_<name>.yaml); adamw is added if it is not among them
+  --optimizers NAMES    classes and variants (configs/optim_<name>.yaml), or all: every class, and torch.muon;
+                        adamw is added if it is not among them
   --seeds 1,2,3         one run of each optimizer per seed
   --tune                choose each optimizer's lr on the first seed
   --lrs VALUES          the grid of --tune: 1e-3,3.16e-3,1e-2,3.16e-2,1e-1
+  --resume FOLDER       go on with a comparison: its command, and what is given besides; finished runs are kept
   --help                this text; `train.py --help` lists the sections and their keys
 """
 BASELINE = "adamw"
+LOWER_IS_BETTER = ("steps to target", "seconds to target", "final loss")
 
 
 @dataclasses.dataclass
@@ -55,11 +66,19 @@ class Comparison:
     tune: bool = False
 
     def __post_init__(self) -> None:
-        others = [name for name in dict.fromkeys(map(str.lower, self.optimizers)) if name != BASELINE]
+        named: list[str] = []
+        for name in map(str.lower, self.optimizers):
+            named += every_optimizer() if name == "all" else [name]
+        others = [name for name in dict.fromkeys(named) if name != BASELINE]
         self.optimizers = (*others[:1], BASELINE, *others[1:])  # the second is what a run's own summary compares with
         for name in ("seeds", "lrs"):
             if not getattr(self, name):
                 raise RecipeError(f"--{name}: expected at least one value")
+
+
+def every_optimizer() -> list[str]:
+    """All classes of the suite, and torch's Muon."""
+    return [*(name for name in optimizer.classes() if not name.startswith("torch.")), "torch.muon"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,15 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--help" in words or "-h" in words:
         train.say(USAGE)
         return 0
+    folder: Path | None = None
     try:
+        words, folder = campaign.recall(words)
         wanted, arguments = parse(words)
         config = setting(arguments, wanted.optimizers, wanted.seeds[0], arguments.overrides)
         with processes.join(config.device) as world:
-            compare(wanted, arguments, config, world)
+            folder = campaign.begin(words, folder, config, "compare", world)
+            compare(wanted, arguments, folder, words, world)
     except (RecipeError, OSError) as error:
         return train.refuse(f"error: {error}")
     except KeyboardInterrupt:
-        train.say("interrupted", file=sys.stderr)
+        train.say(f"interrupted; compare.py --resume {folder} goes on", file=sys.stderr)
         return 130
     return 0
 
@@ -89,9 +111,8 @@ def parse(words: list[str]) -> tuple[Comparison, Arguments]:
     """
     tune = "--tune" in words
     arguments = command.parse([word for word in words if word != "--tune"])
-    for name in ("compare", "resume", "sweep"):
-        if getattr(arguments, name):
-            raise RecipeError(f"--{name} is an option of train.py; compare.py trains all --optimizers from the start")
+    if arguments.compare:
+        raise RecipeError("--compare is an option of train.py; here --optimizers names all that is trained")
     hints = {"optimizers": tuple[str, ...], "seeds": tuple[int, ...], "lrs": tuple[float, ...]}
     given = {key: convert(value, hints[key], f"--{key}") for key, value in arguments.overrides if key in hints}
     for key, _ in arguments.overrides:
@@ -108,49 +129,61 @@ def setting(arguments: Arguments, names: Sequence[str], seed: int, more: Sequenc
     return command.resolve(dataclasses.replace(arguments, overrides=overrides, compare=list(names[1:])))
 
 
-def compare(wanted: Comparison, arguments: Arguments, config: Config, world: World) -> None:
+def compare(wanted: Comparison, arguments: Arguments, folder: Path, words: Sequence[str], world: World) -> None:
     """Tune, train, summarise: all in one folder."""
-    folder = Path()
-    if world.is_main:
-        folder = runfolder.create(config.out, config.task, f"{config.name}-compare")
-    folder = world.gather(folder)[0]
+    names = list(wanted.optimizers)
     tuned: list[tuple[str, str]] = []
-    lines = []
-    if wanted.tune:
-        for name in wanted.optimizers:
-            lr, line = tune(wanted, arguments, name, folder, world)
+    notes = []
+    for name in wanted.optimizers if wanted.tune else ():
+        lr, note = tune(wanted, arguments, name, folder, world)
+        notes.append(note)
+        if lr is None:
+            names.remove(name)
+        else:
             tuned.append((f"tuned_lr.{name}", repr(lr)))
-            lines.append(line)
     trained: list[Result] = []
     for seed in wanted.seeds:
         more = [*tuned, ("out", str(folder)), ("name", f"seed-{seed}")]
-        config = setting(arguments, wanted.optimizers, seed, more)
-        trained += train.run(config, world, {"seed": str(seed)}, None)
+        config = setting(arguments, names, seed, more)
+        trained += train.run_once(config, world, folder / f"seed-{seed}")
     if not world.is_main:
         return
     target = worst([result.final_loss for result in trained if result.name == BASELINE])
     rates = {spec.name: spec.arguments.get("lr") for spec in config.optimizers}
-    lines = [table(trained, rates, target, config.train.steps), "", *lines, *facts(config, world, target)]
+    cells = table(trained, rates, target, config.train.steps)
+    device = str(runfolder.facts(folder / f"seed-{wanted.seeds[-1]}")["device"])
+    holds_for = facts(config, world, target, device)
+    lines = [results.align(cells), "", *notes, *holds_for]
     picture = curves.draw(
         trained,
         f"{config.task}, {len(wanted.seeds)} seeds",
         folder / "curves.png",
         (target, f"{BASELINE}'s worst final loss"),
     )
+    page = [f"`python recipes/compare.py {shlex.join(words)}`", *holds_for, results.markdown(cells, LOWER_IS_BETTER)]
     runfolder.write_text(folder / "comparison.txt", "\n".join(lines) + "\n")
+    runfolder.write_text(folder / "table.md", "\n\n".join([*page, *notes]) + "\n")
     train.say("\n" + "\n".join([*lines, f"curves: {picture}", f"all of this: {folder}"]))
 
 
-def tune(wanted: Comparison, arguments: Arguments, name: str, folder: Path, world: World) -> tuple[float, str]:
-    """The lr of the grid with the lowest final loss on the first seed, and a line that tells of all."""
+def tune(wanted: Comparison, arguments: Arguments, name: str, folder: Path, world: World) -> tuple[float | None, str]:
+    """The lr of the grid with the lowest final loss on the first seed (None: all diverged), and a line about all.
+
+    Raises:
+        RecipeError: It is the baseline that diverged with every lr: there is no target.
+    """
     losses = {}
     for lr in wanted.lrs:
-        more = [(f"tuned_lr.{name}", repr(lr)), ("out", str(folder)), ("name", f"tune-{name}-{lr:g}")]
-        (result,) = train.run(setting(arguments, [name], wanted.seeds[0], more), world, {"lr": repr(lr)}, None)
+        title = f"tune-{name}-{lr:g}"
+        more = [(f"tuned_lr.{name}", repr(lr)), ("out", str(folder)), ("name", title)]
+        (result,) = train.run_once(setting(arguments, [name], wanted.seeds[0], more), world, folder / title)
         losses[lr] = result.final_loss
     finite = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
     if not finite:
-        raise RecipeError(f"{name} diverged with every lr of {', '.join(f'{lr:g}' for lr in wanted.lrs)}")
+        line = f"{name} diverged with every lr of {', '.join(f'{lr:g}' for lr in wanted.lrs)}"
+        if name == BASELINE:
+            raise RecipeError(line)
+        return None, line
     best = min(finite, key=lambda lr: finite[lr])
     edge = " (the grid's edge)" if best in (min(losses), max(losses)) else ""
     listed = ", ".join(f"{lr:g} -> {loss:.4f}" for lr, loss in losses.items())
@@ -162,37 +195,39 @@ def worst(losses: list[float]) -> float:
     return max(math.inf if math.isnan(loss) else loss for loss in losses)
 
 
-def table(trained: list[Result], rates: dict[str, float | None], target: float, steps: int) -> str:
-    """One line per optimizer, with a number per seed where seeds differ; the best line first."""
-    head = ["optimizer", "lr", "steps to target", "of budget", "seconds to target", "final loss", "ms/step", "state MB"]
+def table(trained: list[Result], rates: dict[str, float | None], target: float, steps: int) -> list[list[Cell]]:
+    """A head and one row per optimizer, with a number per seed where seeds differ; the best first."""
+    head: list[Cell] = ["optimizer", "lr", "steps to target", "of budget", "seconds to target", "final loss"]
+    head += ["ms/step", "state MB"]
     accurate = any(result.accuracy is not None for result in trained)
-    lines = []
+    rows: list[tuple[tuple[float, float], list[Cell]]] = []
     for name, lr in rates.items():
         runs = [result for result in trained if result.name == name]
         hits = [result.reached(target) for result in runs]
         median = statistics.median(hit[0] if hit else math.inf for hit in hits)
-        row = [name, "default" if lr is None else f"{lr:g}"]
-        row.append(" ".join(str(hit[0]) if hit else "-" for hit in hits))
+        final = statistics.median(worst([result.final_loss]) for result in runs)
+        row: list[Cell] = [name, "default" if lr is None else f"{lr:g}"]
+        row.append([str(hit[0]) if hit else "-" for hit in hits])
         row.append(f"{median / steps:.0%}" if math.isfinite(median) else "-")
-        row.append(" ".join(f"{hit[1]:.1f}" if hit else "-" for hit in hits))
-        row.append(" ".join(f"{result.final_loss:.3f}" for result in runs))
+        row.append([f"{hit[1]:.1f}" if hit else "-" for hit in hits])
+        row.append([f"{result.final_loss:.3f}" for result in runs])
         row.append(f"{statistics.median(1e3 * result.seconds / max(result.steps, 1) for result in runs):.1f}")
         row.append(f"{runs[0].state_bytes / 1e6:.2f}")
         if accurate:
-            row.append(" ".join("-" if result.accuracy is None else f"{result.accuracy:.1%}" for result in runs))
-        lines.append((median, row))
+            row.append(["-" if result.accuracy is None else f"{result.accuracy:.1%}" for result in runs])
+        rows.append(((median, final), row))
     if accurate:
         head.append("accuracy")
-    return results.align([head, *(row for _, row in sorted(lines, key=lambda line: line[0]))])
+    return [head, *(row for _, row in sorted(rows, key=lambda row: row[0]))]
 
 
-def facts(config: Config, world: World, target: float) -> list[str]:
+def facts(config: Config, world: World, target: float, device: str) -> list[str]:
     """What the numbers hold for."""
     return [
         f"target: {target:.4f}, the worst of {BASELINE}'s final validation losses; "
         f"of budget: the median run's part of {config.train.steps} steps",
-        f"{train.device_name(world)} ({platform.machine()}), {world.size} processes, torch {torch.__version__}, "
-        f"python {platform.python_version()}",
+        f"{device} ({platform.machine()}), {world.size} processes, torch {torch.__version__}, "
+        f"python {platform.python_version()}, {time.strftime('%Y-%m-%d')}",
     ]
 
 

@@ -68,6 +68,11 @@ class Log:
     """What is written, and how often."""
 
     every: int = knob(10, "steps between records of metrics.jsonl and wandb")
+    diagnostics: Literal["brief", "measured", "full"] = knob(
+        "measured",
+        "what the optimizer tells: brief: counters; measured: also what a step does (its cost: a copy of the weights "
+        "every log.every steps); full: also eigenvalues, and all of it for every bucket (dear)",
+    )
     checkpoint_every: int = knob(200, "steps between checkpoints; the last step always writes one")
     wandb: Literal["auto", "online", "offline", "disabled"] = knob(
         "auto", "auto: online if credentials are configured, else offline; the environment's WANDB_MODE wins"

@@ -6,15 +6,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+import palette
 from results import Result
 from runfolder import replacing
+
+INSIDE = 7  # so many names fit into a panel without hiding its lines
 
 
 def draw(results: list[Result], title: str, path: Path, target: tuple[float, str] | None = None) -> str:
     """Draw curves.png: validation loss as lines; where no optimizer has several runs, training loss faint behind them.
 
     Args:
-        results: The runs; those of one optimizer share a color.
+        results: The runs; those of one optimizer share a color, which is the same in every picture.
         title: Of the picture.
         path: Where it goes.
         target: A loss, drawn as a dotted line, and what it is.
@@ -31,17 +34,18 @@ def draw(results: list[Result], title: str, path: Path, target: tuple[float, str
 
     names = list(dict.fromkeys(result.name for result in results))
     alone = len(names) == len(results)
+    styles = palette.styles({name: name for name in names})
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for axis, column, label in zip(axes, (0, 1), ("step", "seconds of training"), strict=True):
-        for number, name in enumerate(names):
-            color = f"C{number}"
+        for name in names:
+            line = styles[name].line()
             runs = [result for result in results if result.name == name]
             for repetition, result in enumerate(runs):
                 if alone:
-                    axis.plot(*_columns(result.training, column), color=color, alpha=0.25, linewidth=0.8)
+                    axis.plot(*_columns(result.training, column), **line, alpha=0.25, linewidth=0.8)
                 style: dict[str, Any] = {"marker": ".", "markersize": 4} if alone else {"linewidth": 1.0}
                 shown = None if repetition else name
-                axis.plot(*_columns(result.validation, column), color=color, label=shown, **style)
+                axis.plot(*_columns(result.validation, column), **line | style, label=shown)
         if target:
             axis.axhline(target[0], color="gray", linestyle=":", label=target[1])
         axis.set_xlabel(label)
@@ -49,7 +53,10 @@ def draw(results: list[Result], title: str, path: Path, target: tuple[float, str
     bottom, top = _range(results)
     axes[0].set_ylim(bottom, top)
     axes[0].set_ylabel("loss (line with dots: validation, faint: training)" if alone else "validation loss")
-    axes[1].legend(loc="upper right")
+    if len(names) <= INSIDE:
+        axes[1].legend(loc="upper right")
+    else:
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     figure.suptitle(title)
     with replacing(path, "the picture") as temporary:
         figure.savefig(temporary, format="png", dpi=130)

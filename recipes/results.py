@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runfolder import read_metrics
+
+STATE_BYTES = ("memory/state_bytes", "optimizer/state_bytes")  # the second: its name in older run folders
+
+Cell = str | Sequence[str]  # of a table: a text, or one for each seed
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,16 @@ class Result:
         return self.validation[-1][2] if self.validation else math.nan
 
     @property
+    def best_loss(self) -> float:
+        """The lowest validation loss (NaN: there is none)."""
+        return min((loss for _, _, loss in self.validation if not math.isnan(loss)), default=math.nan)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended with a loss that is not finite."""
+        return bool(self.validation) and not math.isfinite(self.final_loss)
+
+    @property
     def steps(self) -> int:
         """Steps taken."""
         return self.validation[-1][0] if self.validation else 0
@@ -41,12 +58,16 @@ class Result:
 
 def read(folder: Path, name: str) -> Result:
     """The result of optimizer `name` in a run folder."""
-    records = read_metrics(folder / name / "metrics.jsonl")
+    return of(name, read_metrics(folder / name / "metrics.jsonl"))
+
+
+def of(name: str, records: list[dict[str, Any]]) -> Result:
+    """The result of an optimizer from the records of its metrics.jsonl."""
 
     def series(key: str) -> list[tuple[int, float, float]]:
         return [(record["step"], record["seconds"], record[key]) for record in records if key in record]
 
-    state = [record["optimizer/state_bytes"] for record in records if "optimizer/state_bytes" in record]
+    state = [record[key] for record in records for key in STATE_BYTES if key in record]
     accuracy = [record["val/accuracy"] for record in records if "val/accuracy" in record]
     last = accuracy[-1] if accuracy else None
     return Result(name, series("val/loss"), series("train/loss"), state[-1] if state else 0, last)
@@ -72,11 +93,41 @@ def table(results: list[Result]) -> str:
     return align(rows)
 
 
-def align(rows: list[list[str]]) -> str:
+def align(rows: Sequence[Sequence[Cell]]) -> str:
     """The rows as lines of columns, aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    texts = [[cell if isinstance(cell, str) else " ".join(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in texts]
     return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Sequence[Cell]], lower: Sequence[str] = ()) -> str:
+    """The rows as a table in Markdown.
+
+    Args:
+        rows: The head comes first.
+        lower: Columns of numbers in which the lowest median is set in bold.
+    """
+    head, *body = ([cell if isinstance(cell, str) else ", ".join(cell) for cell in row] for row in rows)
+    for column in (head.index(name) for name in lower if name in head):
+        medians = [_median(row[column]) for row in rows[1:]]
+        for row, value in zip(body, medians, strict=True):
+            if value == min(medians) < math.inf:
+                row[column] = f"**{row[column]}**"
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+def _median(cell: Cell) -> float:
+    """Of the numbers in a cell; what is none, a miss, counts as infinite."""
+    numbers = []
+    for text in [cell] if isinstance(cell, str) else cell:
+        try:
+            numbers.append(float(text))
+        except ValueError:
+            numbers.append(math.inf)
+    numbers = [math.inf if math.isnan(number) else number for number in numbers]
+    return statistics.median(numbers)
 
 
 def verdict(results: list[Result]) -> str:

@@ -88,9 +88,9 @@ def write_description(folder: Path, config: dict[str, Any], facts: dict[str, Any
     write_text(folder / "run.json", json.dumps(everything, indent=2) + "\n")
 
 
-def data_hash(folder: Path) -> str:
-    """The SHA-256 of the data that a run folder was trained on."""
-    return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["data_sha256"])
+def facts(folder: Path) -> dict[str, Any]:
+    """What run.json says about a run: its data, device, versions."""
+    return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:

@@ -1,21 +1,33 @@
 """wandb, if it is there: lazily imported, on one process, and never in the way of training.
 
 Without credentials a run is kept offline; without a network `online` falls back to offline within INIT_SECONDS.
+
+What is logged are the records of metrics.jsonl. wandb shows them in groups, by the part of a name before the slash:
+
+    train/, val/   losses, learning rate, gradient norm, what else the task measures
+    optimizer/     what the optimizer's `diagnostics()` says
+    time/          milliseconds per step: data, forward_backward, optimizer
+    memory/        bytes of the optimizer's state; on a GPU the peak of all
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
+import runfolder
 from config import Log
 from errors import RecipeError
 
 INIT_SECONDS = 20.0  # with credentials but no network, wandb itself would try for two minutes
 FINISH_SECONDS = 60.0
+# What a run's row in wandb's table shows; of all others, the last value.
+SUMMARIES = {"val/loss": "min,last", "train/loss": "min,last", "time/*": "mean", "memory/*": "max"}
+LOWEST = "val/lowest_loss"  # a sweep's goal: wandb takes plain metrics for that, no summaries
 
 
 class Tracker:
@@ -32,6 +44,8 @@ class Tracker:
 
     def __init__(self, log: Log, folder: Path, name: str, config: dict[str, Any]) -> None:
         self.run: Any = None
+        known = runfolder.read_metrics(folder / "metrics.jsonl")  # of a resumed run
+        self.lowest = min((record["val/loss"] for record in known if "val/loss" in record), default=math.inf)
         mode = os.environ.get("WANDB_MODE") or log.wandb
         if mode == "disabled":
             return
@@ -70,7 +84,10 @@ class Tracker:
                     init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, silent=True, console="off"
                 ),
             )
-            run.define_metric("val/loss", summary="min")
+            for metric, summary in SUMMARIES.items():
+                run.define_metric(metric, summary=summary)
+            for axis in ("step", "seconds"):  # to be chosen as x axes, not to be looked at
+                run.define_metric(axis, hidden=True)
             return run
 
         reason = Tracker.unreachable
@@ -91,7 +108,11 @@ class Tracker:
     def log(self, record: dict[str, Any]) -> None:
         """Log one record of metrics.jsonl."""
         if self.run:
-            self.run.log(record, step=record["step"])
+            more = {}
+            if "val/loss" in record:
+                self.lowest = min(self.lowest, record["val/loss"])
+                more = {LOWEST: self.lowest}
+            self.run.log({**record, **more}, step=record["step"])
 
     def finish(self) -> None:
         """Close the run."""

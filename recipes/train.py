@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import platform
 import random
 import sys
 import time
@@ -37,6 +38,8 @@ from progress import Progress, Stopwatch
 from tracking import Tracker
 from world import World
 
+MEMORY = ("state_bytes", "workspace_bytes")  # of the optimizer's diagnostics
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if it trained, 2 if it was given bad input, 130 if it was interrupted."""
@@ -45,11 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.help:
             say(command.help_text(arguments))
             return 0
-        grid = [(point, command.resolve(changed)) for point, changed in command.points(arguments)]
-        with processes.join(grid[0][1].device) as world:
-            trained = [run(config, world, point, arguments.resume) for point, config in grid]
-        if len(grid) > 1:
-            summarise_sweep([point for point, _ in grid], trained)
+        config = command.resolve(arguments)
+        with processes.join(config.device) as world:
+            run(config, world, arguments.resume)
     except (RecipeError, OSError) as error:
         return refuse(f"error: {error}")
     except KeyboardInterrupt:
@@ -72,8 +73,23 @@ def refuse(line: str) -> int:
     return 2
 
 
-def run(config: Config, world: World, point: dict[str, str], resume: Path | None) -> list[results.Result]:
-    """Train all optimizers of a config in one run folder, then draw and summarise them."""
+def run_once(config: Config, world: World, folder: Path) -> list[results.Result]:
+    """The run of a config in this very folder: trained, continued where it was interrupted, or just read."""
+    if (folder / "config.yaml").exists():
+        same = command.refuse_changes(folder, config)
+        if same and (folder / "results.txt").exists():
+            return [results.read(folder, spec.name) for spec in config.optimizers]
+    return run(config, world, folder)
+
+
+def run(config: Config, world: World, folder: Path | None = None) -> list[results.Result]:
+    """Train all optimizers of a config in one run folder, then draw and summarise them.
+
+    Args:
+        config: Of the run.
+        world: The processes.
+        folder: Of the run; what is there is continued. None: a new one.
+    """
     share = world.size * config.train.accumulation
     if config.train.batch_size % share:
         raise RecipeError(
@@ -83,11 +99,12 @@ def run(config: Config, world: World, point: dict[str, str], resume: Path | None
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     task = tasks.load(config.task).Task(config.data, config.model, config.seed)
-    folder = resume or Path()
     if world.is_main:
-        folder = resume or runfolder.create(config.out, config.task, config.name)
-        facts = {"data": task.summary, "data_sha256": task.fingerprint, "device": device_name(world), "sweep": point}
-        if resume and runfolder.data_hash(folder) != task.fingerprint:
+        folder = folder or runfolder.create(config.out, config.task, config.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.txt").unlink(missing_ok=True)  # its presence says that the run is finished
+        facts = {"data": task.summary, "data_sha256": task.fingerprint, "device": device_name(world)}
+        if (folder / "run.json").exists() and runfolder.facts(folder)["data_sha256"] != task.fingerprint:
             raise RecipeError(f"--resume: the data is not what {str(folder)!r} was trained on; was: see its run.json")
         runfolder.write_description(folder, command.as_dict(config), facts)
         say(f"{task.summary}\n{device_name(world)}, {world.size} processes; run folder {folder}")
@@ -116,14 +133,18 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
     seed_everything(config.seed + 1 + world.rank)  # dropout differs between the processes
     watch = Stopwatch(world.device)
     start = restore(folder / "checkpoint.pt", model, opt, scheduler, watch, world)
-    if start >= steps:
+    if start >= steps or results.read(folder.parent, spec.name).diverged:
         return
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
     tracker = None
     if world.is_main:
         folder.mkdir(exist_ok=True)
         runfolder.forget_after(folder / "metrics.jsonl", start or -1)
         describe(opt, folder)
         tracker = Tracker(config.log, folder, f"{config.name}-{spec.name}", command.as_dict(config))
+    if hasattr(opt, "track") and config.log.diagnostics != "brief":
+        opt.track(config.log.every)
     wrapped = world.wrap(model)
     units = task.units_per_sample * config.train.batch_size
     progress = Progress(label, steps, start, task.samples_unit, units, silent=not world.is_main)
@@ -156,8 +177,10 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
             milliseconds = {f"time/{k}_ms": 1e3 * v / (done - logged) for k, v in watch.split().items()}
             logged = done
             values = {"train/loss": world.mean(loss), "train/lr": lr, "train/grad_norm": float(norm), **milliseconds}
-            values |= {f"train/{task.samples_unit}": units * done, "optimizer/state_bytes": optimizer.state_bytes(opt)}
-            values |= {f"optimizer/{key}": value for key, value in getattr(opt, "diagnostics", dict)().items()}
+            values |= {f"train/{task.samples_unit}": units * done, **diagnostics(opt, config.log.diagnostics)}
+            values["memory/state_bytes"] = optimizer.state_bytes(opt)
+            if world.device.type == "cuda":
+                values["memory/peak_bytes"] = torch.cuda.max_memory_allocated(world.device)
             progress.show(done, f"loss {values['train/loss']:.4f}  lr {lr:.2e}")
         diverged = not math.isfinite(values.get("train/loss", 0.0))
         if done % config.eval.every == 0 or last or diverged:
@@ -255,6 +278,15 @@ def restore(path: Path, model: nn.Module, opt: Any, scheduler: Any, watch: Stopw
     return int(content["step"])
 
 
+def diagnostics(opt: Any, detail: str) -> dict[str, float]:
+    """What the optimizer says about itself, by the name of a metric; nothing where it cannot tell."""
+    if not hasattr(opt, "diagnostics"):
+        return {}
+    found = opt.diagnostics(full=detail == "full")
+    shown = {key: value for key, value in found.items() if detail == "full" or not key.startswith("bucket/")}
+    return {f"{'memory' if key in MEMORY else 'optimizer'}/{key}": value for key, value in shown.items()}
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch, numpy and Python."""
     torch.manual_seed(seed)
@@ -266,21 +298,23 @@ def device_name(world: World) -> str:
     """What the run runs on."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    return f"CPU with {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or "CPU"
 
 
 def describe(opt: Any, folder: Path) -> None:
     """Write down which parameter is treated how, where the optimizer can tell."""
     if hasattr(opt, "coverage"):
         runfolder.write_text(folder / "coverage.txt", f"{opt.coverage()}\n\n{opt.memory_report()}\n")
-
-
-def summarise_sweep(points: list[dict[str, str]], trained: list[list[results.Result]]) -> None:
-    """One line per point of the grid, the best first."""
-    rows = sorted(zip(points, trained, strict=True), key=lambda row: (math.isnan(loss := row[1][0].final_loss), loss))
-    for point, result in rows:
-        setting = ", ".join(f"{key}={value}" for key, value in point.items())
-        say(f"{result[0].final_loss:.4f}  {result[0].name}  {setting}")
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ class TestFailuresOfOthers:
         K = [opt.state[model[0].weight][f"root_{i}"].double() for i in range(2)]
         torch.testing.assert_close(P.to_dense(), torch.kron(*(A @ A.T for A in K)))
         torch.testing.assert_close(C.to_dense() @ P.to_dense(), torch.eye(35).double())
-        assert opt.diagnostics()["condition_max"] >= 1
+        assert opt.diagnostics(full=True)["condition_max"] >= 1
 
     def test_half_precision_parameters_have_factors_that_learn(self):
         """In bfloat16, increments below half an ulp leave every entry of K where it began."""

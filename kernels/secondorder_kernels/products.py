@@ -6,14 +6,40 @@ import torch
 from torch import Tensor
 
 from secondorder_kernels import reference
-from secondorder_kernels.dispatch import Operation
+from secondorder_kernels.dispatch import Operation, Path
+
+# From this dimension on, on one CPU core, panels take 0.75 to 0.9 of the time of the whole product; below, as much.
+_PANELS_FROM = 256
+_LEAST_PANEL = 128
+
+
+def _ema_syrk_by_panels(C: Tensor, X: Tensor, rate: Tensor) -> None:
+    """The lower triangle in at most four panels of rows, then mirrored: 10/16 of the multiplications."""
+    d = C.shape[1]
+    size = max(_LEAST_PANEL, -(-d // 4))
+    moved, rate = rate > 0, rate[:, None, None]
+    all_move = not torch.compiler.is_compiling() and bool(moved.all())
+    for start in range(0, d, size):
+        rows = slice(start, start + size)
+        C[:, rows, : rows.stop].lerp_(torch.bmm(X[:, rows], X[:, : rows.stop].mT), rate)
+        if start:
+            upper, lower = C[:, :start, rows], C[:, rows, :start].mT
+            upper.copy_(lower if all_move else torch.where(moved[:, None, None], lower, upper))
+
+
+def _panels_refuse(C: Tensor, X: Tensor, rate: Tensor) -> str | None:
+    if C.device.type != "cpu" or C.shape[1] < _PANELS_FROM:
+        return f"panels are for a CPU and dimensions from {_PANELS_FROM} on"
+    return None
 
 
 def _ema_syrk_example(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros(2, 64, 64, device=device), torch.zeros(2, 64, 64, device=device), torch.zeros(2, device=device)
 
 
-_ema_syrk = Operation(reference.ema_syrk_, _ema_syrk_example)
+_ema_syrk = Operation(
+    reference.ema_syrk_, _ema_syrk_example, (Path("panels", run=_ema_syrk_by_panels, refuses=_panels_refuse),)
+)
 
 
 def ema_syrk_(C: Tensor, X: Tensor, rate: Tensor) -> Tensor:

@@ -80,6 +80,6 @@ class AdaptiveLayerOptimizer(LayerOptimizer):
         if self._trial is not None:
             self._trial.foresee(held)
 
-    def diagnostics(self) -> dict[str, float]:
+    def diagnostics(self, full: bool = False) -> dict[str, float]:
         """As of every optimizer; where a model chose or judged the last step, also what: see `_quadratic.Trial`."""
-        return {**super().diagnostics(), **(self._chosen or {})}
+        return {**super().diagnostics(full), **(self._chosen or {})}

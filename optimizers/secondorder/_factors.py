@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from secondorder._fisher_export import described, region
 from secondorder._layer_blocks import _axes
 from secondorder._reports import _spectrum, resting
 from secondorder.curvature.site import Site
@@ -73,24 +74,16 @@ def factors(self: LayerOptimizer) -> dict[str, dict[str, Any]]:
             continue
         led = None if capture is None or t.fallback else capture.leads.get(id(p))
         entries[i] = {
-            "parameters": [names[key] for key in (id(p), t.joined) if key is not None],
+            **described(layout, i, names),
             "kind": "diagonal" if t.fallback else "kronecker",
-            "shape": tuple(p.shape),
-            "view": t.view if t.joined is None else (*t.view[:-1], t.view[-1] + 1),
-            "fold": None if t.fold is None else tuple(t.fold),
-            "batched": t.batched,
-            "bias_column": t.joined is not None,
             "sides": () if t.fallback else _sides(t, led[0] if led else None),
             "loss_reduction": self.param_groups[0]["loss_reduction"],
-            "blocks": [],
         }
     for b in layout.buckets:
         for r, piece in enumerate(b.pieces):
             entry = entries[piece.index]
-            starts = piece.at or (0,) * len(entry["view"])
-            lengths = piece.block if piece.span is None else (piece.span, *piece.block)
-            region = tuple((start, start + length) for start, length in zip(starts, lengths, strict=True))
-            entry["blocks"].append({"region": region, **_block(b, r, self.param_groups[b.group])})
+            found = {"region": region(piece, entry["view"]), **_block(b, r, self.param_groups[b.group])}
+            entry["blocks"].append(found)
     return {names[id(layout.params[i])]: entry for i, entry in entries.items()}
 
 

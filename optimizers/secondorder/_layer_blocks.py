@@ -7,7 +7,7 @@ blocks with factors of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,10 +158,13 @@ class Scales:
         outputs: Scale of output factors and moments, 0-d: M / c² for a loss that is a mean over M terms, captured times
             a loss scale c; 1 / M for Fisher sums; 1 for M where the loss is a sum.
         terms: M, 0-d; 1 where the loss is a sum.
+        probed: Captured gradients of reference layers and the loss scale c in them; None where they were not asked.
     """
 
-    def __init__(self, outputs: Tensor, terms: Tensor) -> None:
-        self.outputs, self.terms = outputs, terms
+    def __init__(
+        self, outputs: Tensor, terms: Tensor, probed: tuple[Mapping[Site, Tensor], Tensor] | None = None
+    ) -> None:
+        self.outputs, self.terms, self.probed = outputs, terms, probed
 
     def inputs(self, rows: Tensor) -> Tensor:
         """1 / rows, and 0 where there are none."""
@@ -262,6 +265,16 @@ def _times(raw: Tensor, scale: Tensor) -> Tensor:
 def _trace(x: Tensor) -> Tensor:
     """Of a stack of matrices, or of diagonals."""
     return x.sum() if x.ndim == 2 else x.diagonal(dim1=-2, dim2=-1).sum()
+
+
+def sharing(group: Group, site: Site) -> Callable[[], str]:
+    """What `sharing` means at a site, whenever it is asked."""
+
+    def chosen() -> str:
+        word = group["sharing"]
+        return ("reduce" if site.rule.pooled else "expand") if word == "auto" else word
+
+    return chosen
 
 
 def frames(

@@ -56,14 +56,27 @@ def loss_scale(probes: Mapping[Site, Tensor], grad_scaler: Any) -> Tensor:  # ea
     like = next(iter(probes.values()))
     if grad_scaler is not None:
         return torch.as_tensor(float(grad_scaler.get_scale()), dtype=like.dtype, device=like.device)
-    pairs = [(probe, grad) for site, probe in probes.items() if (grad := _applied(site)) is not None]
-    if not pairs:
-        return torch.ones_like(like[0, 0])
-    captured, g = (torch.cat([t.detach().reshape(-1).to(like) for t in side]) for side in zip(*pairs, strict=True))
-    square = g.square().sum()
-    exponent = ((captured * g).sum() / square.clamp_min(torch.finfo(g.dtype).tiny)).log2()
+    ratio, square = _ratio(probes)
+    exponent = ratio.log2()
     near = (exponent - exponent.round()).abs() < _TOLERANCE
     return torch.where(near & (square > 0), exponent.round().exp2(), torch.ones_like(square))
+
+
+def unclipped(probes: Mapping[Site, Tensor], scale: Tensor) -> Tensor:
+    """The factor by which captured gradients, divided by the loss scale, exceed `p.grad`, 0-d: 1, or it was clipped."""
+    ratio, square = _ratio(probes)
+    return torch.where(square > 0, ratio / scale, torch.ones_like(square))
+
+
+def _ratio(probes: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor]:
+    """How many times `p.grad` captured gradients are, in the least squares sense, and the sum of its squares."""
+    like = next(iter(probes.values()))
+    pairs = [(probe, grad) for site, probe in probes.items() if (grad := _applied(site)) is not None]
+    if not pairs:
+        return torch.ones_like(like[0, 0]), torch.zeros_like(like[0, 0])
+    captured, g = (torch.cat([t.detach().reshape(-1).to(like) for t in side]) for side in zip(*pairs, strict=True))
+    square = g.square().sum()
+    return (captured * g).sum() / square.clamp_min(torch.finfo(g.dtype).tiny), square
 
 
 def _applied(site: Site) -> Tensor | None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from secondorder import _factors
+from secondorder import _factors, linalg
 from secondorder import _layer_blocks as blocks
-from secondorder._layer_scale import loss_scale, loss_terms, references
+from secondorder._layer_scale import loss_scale, loss_terms, references, unclipped
 from secondorder._optimizer import Group, PreconditionedOptimizer
 from secondorder._options import LAYERS
 from secondorder._roles import unwrapped
@@ -79,6 +79,7 @@ class LayerOptimizer(PreconditionedOptimizer):
         self._where: dict[int, int] = {}
         self._captured: set[Site] = set()
         self._fresh = True  # taps were set after the last forward pass that could have used them
+        self._scaled: blocks.Scales | None = None  # what normalised this step's statistics
 
     # ------------------------------------------------------------------ the network
 
@@ -145,7 +146,7 @@ class LayerOptimizer(PreconditionedOptimizer):
             if kept is None and apart is None:
                 continue
             group = (kept or apart)[1]  # type: ignore[index]
-            site.sharing = _sharing(group, site)
+            site.sharing = blocks.sharing(group, site)
             moment = "moment" in self._method(group).statistics((1, 1), (0, 1), ())
             wanted[site] = blocks.wants(site, kept and kept[0], apart and apart[0], moment)
             dtypes[site] = factor_dtype((site.weight if kept is not None else site.bias).dtype)  # type: ignore[union-attr]
@@ -320,15 +321,18 @@ class LayerOptimizer(PreconditionedOptimizer):
         self._captured.update(totals)
         out: dict[int, Sums] = {}
         if totals:
-            scales = self._scales(totals)
+            scales = self._scaled = self._scales(totals)
             for i, (p, (_, _, t)) in enumerate(zip(layout.params, layout.treatments, strict=True)):
                 if t.fallback or t.follows is not None:
                     continue
                 sites = self._capture.leads.get(id(p))
                 summed = blocks.weight_sums if sites else blocks.bias_sums
-                found = summed(sites or self._capture.biases[id(p)], t, totals, scales)
+                uses = sites or self._capture.biases[id(p)]
+                found = summed(uses, t, totals, scales)
                 if found is not None:
                     found.scales["terms"] = scales.terms
+                    if self._capture.terms is None:
+                        found.rows = [totals[site]["rows"][0] for site in uses if site in totals]
                     out[i] = found
         self._hold_back(layout, flags, out)
         return out
@@ -342,7 +346,7 @@ class LayerOptimizer(PreconditionedOptimizer):
         for i, (_, _, t) in enumerate(layout.treatments):
             lead = i if t.follows is None else at[t.follows]
             if not t.fallback and lead not in sums and layout.clock[lead] == 0:
-                flags.grads[i] = None
+                flags.leave_out(i)
 
     def _scales(self, totals: blocks.Totals) -> blocks.Scales:
         assert self._capture is not None
@@ -360,14 +364,50 @@ class LayerOptimizer(PreconditionedOptimizer):
         terms = terms if mean else torch.ones_like(terms)
         # Gradients are averaged over ranks: a term counts 1/world there, whether the local loss is a mean or a sum.
         world = 1 if self._ranks() is None else torch.distributed.get_world_size(self._ranks())
-        scale = loss_scale({site: got["probe"][0] / world for site, got in found.items()}, self._grad_scaler)
-        return blocks.Scales(terms / (scale * world) ** 2, terms)
+        probes = {site: got["probe"][0] / world for site, got in found.items()}
+        scale = loss_scale(probes, self._grad_scaler)
+        return blocks.Scales(terms / (scale * world) ** 2, terms, (probes, scale))
+
+    def _unclipped(self) -> Tensor | float:
+        return 1.0 if self._scaled is None or self._scaled.probed is None else unclipped(*self._scaled.probed)
+
+    def track(self, every: int = 1, samples: int = 0) -> None:
+        """See `PreconditionedOptimizer.track`.
+
+        Args:
+            every: See there.
+            samples: Examples of every backward pass (in this process) on which `diagnostics()` tells the largest
+                eigenvalues of the curvature, exactly and over all tapped layers together, as `ggn_top_1` to
+                `ggn_top_5`: of the empirical Fisher matrix; after `fisher_backward` of the generalised Gauss-Newton
+                matrix (unless `kind="type-2"`, of a sample of it) for one loss term per example. Left out where the
+                network is compiled, a layer runs twice, or layers differ in the number of examples. Default: 0.
+
+        Raises:
+            ValueError: If one of them is no whole number >= 0.
+        """
+        if not isinstance(samples, int) or samples < 0:
+            raise ValueError(f"samples must be a whole number >= 0, got {samples!r}")
+        super().track(every)
+        self._watch.samples = int(samples)
+        self._sample_next()
+
+    def _sample_next(self) -> None:
+        """Keep rows of examples in the next call, if it is measured."""
+        wanted = self._watch.wants_statistics(1 + int(max(self._layout.clock.tolist(), default=0)))
+        for site in self._capture.sites if self._capture is not None else ():
+            site.samples = self._watch.samples if wanted else 0
+
+    def _spectrum(self) -> Tensor | None:
+        found = None if self._capture is None or self._scaled is None else self._capture.overlaps(self._where)
+        if found is None or self._scaled is None:
+            return None
+        return linalg.eigh(found[None])[0][0] * (self._scaled.outputs * self._scaled.terms)
 
     def _after_step(self, layout: Layout) -> None:
         """Forget what was used."""
         if self._capture is not None:
             self._capture.finish()
-            self._fresh = False
+            self._fresh, self._scaled = False, None
             self._tap_next(layout)
 
     def _tap_next(self, layout: Layout) -> None:
@@ -382,6 +422,7 @@ class LayerOptimizer(PreconditionedOptimizer):
                         group = self.param_groups[self._where[id(p)]]
                         active |= self._method(group).observes(calls[id(p)] + 1, group)
                 site.active = active
+        self._sample_next()
 
     def fisher_backward(
         self,
@@ -457,11 +498,3 @@ class LayerOptimizer(PreconditionedOptimizer):
             for site in led or self._capture.biases.get(id(p)) or ():
                 if tiles and site.wants.moment and (led or site.weight is None or not site.weight.requires_grad):
                     site.frames = blocks.frames(site, t, [bases for _, bases in tiles])
-
-
-def _sharing(group: Group, site: Site) -> Any:
-    def sharing() -> str:
-        chosen = group["sharing"]
-        return ("reduce" if site.rule.pooled else "expand") if chosen == "auto" else chosen
-
-    return sharing

@@ -11,15 +11,16 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from secondorder import _reports
+from secondorder import _diagnostics, _fisher_export, _reports
 from secondorder._options import COMMON, FOREIGN_KEYS, KRONECKER, Option, expand_signature, resolve, validate
 from secondorder._roles import Label, labels
 from secondorder._step import Held, advance, commit, settle
+from secondorder._watch import Watch
 from secondorder.curvature.layer import Sums
 from secondorder.layout import checkpoint
 from secondorder.layout.blocks import Treatment, elementwise_blocks, matrix_blocks
@@ -72,7 +73,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             raise TypeError("params must be an iterable of tensors or groups, got one dict: pass a list of dicts")
         self._module = None if module is None else weakref.ref(module)
         self._labels: list[list[Label]] = []
-        self._layout = Layout(SinglePlan())
+        self._layout, self._watch = Layout(SinglePlan()), Watch()
         super().__init__(params, defaults)
 
     # ------------------------------------------------------------------ what a subclass says
@@ -98,6 +99,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Layer statistics of this step, by index of the leading parameter."""
         del layout, flags
         return {}
+
+    def _unclipped(self) -> Tensor | float:
+        """By what the gradients must be multiplied to be those that this step's statistics saw."""
+        return 1.0
+
+    def _spectrum(self) -> Tensor | None:
+        """Eigenvalues of the curvature on some examples of this step."""
+        return None
 
     def _before_settling(self, layout: Layout, held: Sequence[Held], call: int) -> None:
         """All directions that wait for each other are there; `call` counts from 1."""
@@ -196,7 +205,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _update(self, layout: Layout) -> None:
         for p in layout.params:
-            if p.grad is not None and p.grad.layout is not torch.strided:
+            if (grad := p.grad) is not None and grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"{type(self).__name__} does not support sparse gradients, please consider torch.optim.SparseAdam"
                 )
@@ -209,6 +218,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             self._raise_if_refused(layout, flags)
         calls = [int(t) + here for t, here in zip(layout.clock.tolist(), present, strict=True)]
         how = (layout.plan, layout.params, flags, self._groups(), calls)
+        before = self._watch.before(layout.params, max(calls))
         held = advance([b for b in layout.buckets if b.held], *how)
         self._before_settling(layout, held, max(calls))
         settle(held)
@@ -217,6 +227,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         advance([b for b in layout.buckets if not b.held], *how)
         commit(held, layout.plan, layout.params, flags)
         layout.plan.finish()
+        if self._watch.every:
+            self._watch.after(layout, flags, self.param_groups, before, self._unclipped, self._spectrum)
         layout.tick(present)
         layout.count_refused(flags)
         self._after_step(layout)
@@ -301,7 +313,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_layout" not in self.__dict__:
-            self._layout = Layout(SinglePlan())
+            self._layout, self._watch = Layout(SinglePlan()), Watch()
             self._module = None
 
     # ------------------------------------------------------------------ looking inside
@@ -315,11 +327,100 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return _reports.memory_report(self)
 
     @torch.no_grad()
-    def diagnostics(self) -> dict[str, float]:
-        """A flat dict of scalars, ready to be logged. Waits for the device."""
+    def diagnostics(self, full: bool = False) -> dict[str, float]:
+        """A flat dict of numbers, ready to be logged; waits for the device. nan for what is on the meta device.
+
+        Of the whole, and of every bucket (all blocks of one shape in one group) as `bucket/group0.256x128/...`. What is
+        marked * is told of the whole alone, + of buckets alone.
+
+            parameters*, preconditioned_blocks*, fallback_parameters*, blocks+, elements+: how many
+            state_bytes, workspace_bytes*: memory
+            refused_steps*: steps that were skipped, because gradients were not finite or too large
+            refresh_failures: refreshes and statistics that were refused; a factor kept its last good value
+            waiting_blocks* (waiting+): blocks without any update yet
+            skipped_updates_max: most calls in which a parameter had a gradient and a block of it took no update
+            steps_since_refresh_max: age of the oldest basis or root
+            average_weight_min: least 1 - β^t of averages of t statistics; near 1 the start is forgotten
+            gradient_norm: of the last step
+            clipped_share: blocks whose last update `max_update_rms` scaled down
+            norm_clip_factor*, kl_clip_factor*: by what the last step was scaled down as a whole
+
+        Where `track` measured:
+
+            parameter_norm, update_norm, update_ratio, cosine: of the step, and of it with the gradient's descent
+
+        and of layer methods, a sample being a row of a layer's statistics (for the whole: of that with the fewest):
+
+            sample_gradient_norm: root mean square over samples
+            gradient_variance: of one sample's gradient, summed over its entries
+            signal_to_noise: squared length of the mean gradient over the variance of its estimate by this batch
+            batch_size_hint*: samples at which the two are equal (the simple noise scale), averaged over measurements
+
+        These are exact for EKFAC where every sample has one row, or `sharing` is `"reduce"`, and gradients were clipped
+        by their common norm if at all. KFAC's take lengths of inputs and of output gradients for uncorrelated.
+
+        Args:
+            full: Look at the factors' eigenvalues too, which may cost as much as refreshing them all:
+
+                condition_max*, condition_median* (condition_i+: of mode i): condition numbers
+                effective_rank_min* (effective_rank_i+): exponential of the eigenvalues' entropy
+                damping_share: 0 undamped, 1 gradient descent
+                curvature_top_1* to curvature_top_5*: largest eigenvalues of the curvature that is held, block by block
+
+                With `fisher_backward` the last are estimates of the generalised Gauss-Newton matrix's. EKFAC's are
+                averages of that matrix's values along single directions, which never exceed its largest eigenvalue.
+        """
         layout = self._current()
         self._warn(layout, wait=True)
-        return _reports.diagnostics(layout, self._groups())
+        return _diagnostics.diagnostics(layout, self._groups(), self._watch, full)
+
+    def track(self, every: int = 1) -> None:
+        """Measure what steps do, for `diagnostics()`: how far parameters move, and how far samples' gradients differ.
+
+        Nothing waits for the device, and no step is changed. A measured step holds a copy of the parameters and reads
+        parameters, gradients and copies once more.
+
+        Args:
+            every: Measure every so many steps; 0: none. Default: 1.
+
+        Raises:
+            ValueError: If it is no whole number >= 0.
+        """
+        if not isinstance(every, int) or every < 0:
+            raise ValueError(f"every must be a whole number >= 0, got {every!r}")
+        self._watch.every = int(every)
+
+    @torch.no_grad()
+    def fisher(
+        self, kind: Literal["diag", "kronecker"] = "diag", batch_size: float | None = None
+    ) -> dict[str, Any]:
+        """The Fisher information that the state has gathered, without another pass over the data.
+
+        Copies in the state's dtype; averages are debiased; zero where nothing was observed yet. Their scale is that of
+        the state, if `batch_size` is not given. Layer methods: squares of gradients of single loss terms, averaged
+        (`loss_reduction="sum"`: summed over a batch). Others, and what the fallback trains (see `coverage()`): squares
+        of the gradients that steps saw; times the option `batch_size`, where a method has it. Methods that learn their
+        damping with the factors (`SINGD`, `SIRFShampoo` and their like) cannot take it out again.
+
+        Args:
+            kind: `"diag"` or `"kronecker"`. Default: `"diag"`.
+            batch_size: Loss terms (samples, tokens) of a step, over all processes and accumulated passes. Everything is
+                brought to the scale of single terms of a mean loss then: what is not is multiplied by it (divided,
+                where the loss is a sum). Of squares of steps' gradients that makes the Fisher matrix as far as those
+                gradients are noise. Default: None.
+
+        Returns:
+            `"diag"`: by name of every trained parameter, a tensor of its shape.
+            `"kronecker"`: by name of every parameter with factors, a dict that says which blocks of the parameter they
+            belong to: the keys `parameters`, `shape`, `view`, `fold`, `batched`, `bias_column` and `blocks` that
+            `KFAC.factors()` documents. Every block has a `region` and `factors`: for each axis `(d, d)`, `(d,)` for a
+            diagonal or None for the identity. Its Fisher matrix, flattened row by row, is `F_0 ⊗ F_1 ⊗ ...`; a block's
+            factors are scaled alike, so that this has the trace that `curvature(p)` has there.
+
+        Raises:
+            ValueError: If `kind` is another word, or the state holds nothing of this kind; if `batch_size` is not > 0.
+        """
+        return _fisher_export.fisher(self, kind, batch_size)
 
     @torch.no_grad()
     def curvature(self, p: Tensor) -> KroneckerOperator:
@@ -360,7 +461,7 @@ def _detached(value: Any) -> Any:
 def _full_precision(layout: Layout) -> Iterator[None]:
     """Keep an ambient autocast away from our products."""
     with contextlib.ExitStack() as stack:
-        for kind in {p.device.type for p in layout.params}:
+        for kind in {b.device.type for b in layout.buckets}:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from secondorder._step import hyperparameters
-from secondorder.layout.buckets import BaseBucket, Bucket, FlatBucket
+from secondorder.layout.buckets import BaseBucket, FlatBucket
 from secondorder.layout.faces import Layout, place, streams
-from secondorder.layout.schedule import last_refresh
 from secondorder.preconditioner.operators import EigenBlock, KroneckerOperator
 from secondorder.preconditioner.protocol import Context
 
@@ -136,37 +135,6 @@ def memory_report(optimizer: PreconditionedOptimizer) -> MemoryReport:
             works[key] = max(works.get(key, 0), n * b.dtype.itemsize)
     rows = [MemoryRow(names[id(p)], tuple(p.shape), n) for p, n in zip(ghost.params, size, strict=True)]
     return MemoryReport(rows, sum(works.values()), sum(p.numel() for p in ghost.params))
-
-
-def diagnostics(layout: Layout, groups: Sequence[Group]) -> dict[str, float]:
-    """See `PreconditionedOptimizer.diagnostics`."""
-    out: dict[str, float] = {
-        "parameters": len(layout.params),
-        "preconditioned_blocks": sum(b.rows for b in layout.buckets if isinstance(b, Bucket)),
-        "fallback_parameters": sum(b.rows for b in layout.buckets if b.fallback),
-        **layout.failures(wait=True),
-    }
-    if layout.gradient_norm is not None:
-        out["gradient_norm"] = float(layout.gradient_norm)
-    conditions, waiting, stale = [], 0, 0
-    clock = layout.clock.tolist()
-    for b in layout.buckets:
-        if not isinstance(b, Bucket):
-            continue
-        waiting += int((b.s["count"] == 0).sum())
-        hp = groups[b.group]
-        conditions += [c[b.s["seen"] > 0] for c in b.method.conditions(b.s, resting(b, hp, b.s)).values()]
-        for phases in b.phases.values() if "refresh_every" in hp else ():
-            for piece, phase in zip(b.pieces, phases, strict=True):
-                t = int(clock[piece.index])
-                stale = max(stale, t - last_refresh(b.method, hp, phase, t))
-    out["waiting_blocks"] = waiting
-    out["steps_since_refresh_max"] = stale
-    if conditions:
-        values = torch.cat([c.double().cpu() for c in conditions])
-        if values.numel():
-            out["condition_max"], out["condition_median"] = float(values.max()), float(values.median())
-    return {k: float(v) for k, v in out.items()}
 
 
 def resting(b: BaseBucket, hp: Group, s: dict[str, Tensor]) -> Context:

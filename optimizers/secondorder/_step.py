@@ -25,6 +25,7 @@ from torch import Tensor
 from secondorder.layout.buckets import BaseBucket, Bucket, FlatBucket, Part
 from secondorder.layout.plan import Flags, Plan, smallest_norm
 from secondorder.layout.schedule import RefreshPart, plan_step
+from secondorder.linalg import known
 from secondorder.preconditioner.protocol import Context, Method, Modes, State
 
 Group = dict[str, Any]
@@ -126,6 +127,7 @@ def _clip_together(held: Sequence[Held], name: Literal["norm_clip", "kl_clip"]) 
     for h in held:
         limit = h.hp["kl_clip"] if stretched else h.hp["norm_clip"] ** 2
         factor = (limit / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1.0)
+        h.bucket.told[name] = factor
         update = h.bucket.work["update"]
         update.mul_(factor.to(update.device, update.dtype))
         if h.slope is not None:
@@ -147,7 +149,8 @@ def _advance(b: Bucket, flags: Flags, hp: Group, calls: Sequence[int]) -> Held:
     method, x = b.method, b.work
     schedule = plan_step(b, hp, calls, flags.present)
     ok = flags.ok[b.device]
-    usable = b.norms(x["grad"]) > smallest_norm(b.dtype)
+    # A threshold, no number that enters anything: float64, as in `norms`, would cost a copy of the gradient.
+    usable = torch.linalg.vector_norm(x["grad"].flatten(1), dim=1) > smallest_norm(b.dtype)
     seen_gate = ok & usable
     if "arrived" in x:
         seen_gate = seen_gate & (x["arrived"] > 0)
@@ -230,7 +233,7 @@ def _direction(b: BaseBucket, s: State, x: dict[str, Tensor], c: Context) -> tup
     moment = _average(s["momentum"], x["grad"], c) if method.momentum == "gradient" else x["grad"]
     u = method.apply(s, moment, x, c)
     # where, not a product: the direction of a row that waits may be inf or nan, and inf * 0 is nan.
-    return torch.where(c.expand(c.gate, u) > 0, u, 0.0), moment
+    return u if known(c.gate) else torch.where(c.expand(c.gate, u) > 0, u, 0.0), moment
 
 
 def _average(m: Tensor, new: Tensor, c: Context) -> Tensor:
@@ -254,7 +257,8 @@ def _clip(b: BaseBucket, hp: Group) -> None:
     if limit is not None:
         update = b.work["update"]
         rms = b.norms(update) / b.row_numel() ** 0.5
-        update.mul_(b.expand((limit / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_max(1.0), update))
+        b.told["clip"] = (limit / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_max(1.0)
+        update.mul_(b.expand(b.told["clip"], update))
 
 
 def _stepping(b: FlatBucket, flags: Flags, hp: Group, calls: Sequence[int]) -> list[bool]:
@@ -296,7 +300,11 @@ def _step_in_place(
     else:
         b.s["count"].add_(torch.tensor(present, dtype=torch.float32).to(b.device) * taken)
     found = [flags.grads[b.pieces[r].index] for r in rows]
-    grads = [g.to(b.param_dtype).contiguous() for g in found if g is not None]
+    grads = [
+        g if g.dtype == b.param_dtype and g.is_contiguous() else g.to(b.param_dtype).contiguous()
+        for g in found
+        if g is not None
+    ]
     state = {name: [views[r] for r in rows] for name, views in b.row_state.items()}
     in_place([params[b.pieces[r].index] for r in rows], grads, state, 1 - taken, hp)
     return True

@@ -52,9 +52,8 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # A (n, d, d)
         ValueError: If `A` is not a stack of square matrices.
     """
     _check("eigh", A, square=True)
-    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    finite = _finite(A)
-    scaled, scale = _scaled(torch.where(finite[:, None, None], A, identity), dim=(-2, -1))
+    sound = finite(A)
+    scaled, scale = _scaled(_or_identity(sound, A), dim=(-2, -1))
     if A.device.type == "cpu":
         eigenvalues, Q = _eigh_one_by_one(scaled)
     else:
@@ -65,8 +64,8 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # A (n, d, d)
         except RuntimeError:  # one matrix that does not converge fails the whole call
             eigenvalues, Q = _eigh_one_by_one(scaled)
     eigenvalues, Q = eigenvalues.flip(-1) * scale[..., 0], Q.flip(-1)  # torch sorts ascending
-    ok = finite & _finite(eigenvalues) & _finite(Q)
-    return torch.where(ok[:, None], eigenvalues, 0.0), torch.where(ok[:, None, None], Q, identity), ok
+    ok = sound & finite(eigenvalues) & finite(Q)
+    return torch.where(ok[:, None], eigenvalues, 0.0), _or_identity(ok, Q), ok
 
 
 def orthogonalize(Y: Tensor) -> tuple[Tensor, Tensor]:  # Y (n, d, m), d >= m
@@ -88,13 +87,11 @@ def orthogonalize(Y: Tensor) -> tuple[Tensor, Tensor]:  # Y (n, d, m), d >= m
     if Y.device.type != "cpu":
         return cholesky_qr(Y)
     _check("orthogonalize", Y)
-    identity = torch.eye(*Y.shape[1:], dtype=Y.dtype, device=Y.device)
-    finite = _finite(Y)
-    scaled, _ = _scaled(torch.where(finite[:, None, None], Y, identity), dim=(-2,))
+    sound = finite(Y)
+    scaled, _ = _scaled(_or_identity(sound, Y), dim=(-2,))
     Q = torch.empty_like(scaled)
-    _one_by_one(_householder_q, scaled, Q)
-    ok = finite & _finite(Q)
-    return torch.where(ok[:, None, None], Q, identity), ok
+    ok = sound & _one_by_one(_householder_q, scaled, Q)
+    return _or_identity(ok, Q), ok
 
 
 def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:  # Y (n, d, m), d >= m
@@ -118,7 +115,7 @@ def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:  # Y (n, d, m), d >= m
     """
     _check("cholesky_qr", Y)
     identity = torch.eye(*Y.shape[1:], dtype=Y.dtype, device=Y.device)
-    ok = _finite(Y)
+    ok = finite(Y)
     Q, _ = _scaled(torch.where(ok[:, None, None], Y, identity).double(), dim=(-2,))
     # After scaling, the norm of a column is at least 1, or 0: a zero column stays zero and fails below.
     Q = Q / torch.linalg.vector_norm(Q, dim=-2, keepdim=True).clamp(min=1.0)
@@ -130,7 +127,7 @@ def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:  # Y (n, d, m), d >= m
         L, info = torch.linalg.cholesky_ex(gram + shift * unit)
         ok = ok & (info == 0)
         Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
-    ok = ok & (defect < _CHOLESKY_MAX_DEFECT) & _finite(Q)
+    ok = ok & (defect < _CHOLESKY_MAX_DEFECT) & finite(Q)
     Q = Q.to(Y.dtype).contiguous()  # triangular solves leave columns contiguous
     return torch.where(ok[:, None, None], Q, identity), ok
 
@@ -257,17 +254,30 @@ def _check(function: str, A: Tensor, square: bool = False) -> None:
         raise ValueError(f"{function} takes a stack of non-empty matrices {wanted}, got shape {tuple(A.shape)}")
 
 
-def _finite(A: Tensor) -> Tensor:  # (n, ...) -> (n,)
+def finite(A: Tensor) -> Tensor:  # (n, ...) -> (n,)
+    """Which matrices have no entry that is infinite or NaN."""
     # The extremes are NaN if any entry is; on a CPU they cost a tenth of A.isfinite().
     rows = A.flatten(1)
     return rows.amax(dim=1).isfinite() & rows.amin(dim=1).isfinite()
 
 
+def known(flags: Tensor) -> bool:
+    """Whether all flags are set, as far as can be told without waiting: off the CPU, or to a compiler, nothing is."""
+    return flags.device.type == "cpu" and not torch.compiler.is_compiling() and bool(flags.all())
+
+
+def _or_identity(ok: Tensor, A: Tensor) -> Tensor:
+    """`A` with the identity in place of matrices that are not `ok`."""
+    if known(ok):
+        return A
+    return torch.where(ok[:, None, None], A, torch.eye(*A.shape[1:], dtype=A.dtype, device=A.device))
+
+
 def _doubled(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float64 copies with the identity in place of matrices that are not finite, the identity, and which are."""
-    finite = _finite(A)
+    sound = finite(A)
     identity = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
-    return torch.where(finite[:, None, None], A.double(), identity), identity, finite
+    return torch.where(sound[:, None, None], A.double(), identity), identity, sound
 
 
 def _iterate(
@@ -292,7 +302,7 @@ def _iterate(
 def _root(A: Tensor, X: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric roots in the dtype of `A`, the identity where they failed."""
     X = ((X + X.mT) / 2).to(A.dtype)
-    ok = ok & _finite(X)
+    ok = ok & finite(X)
     return torch.where(ok[:, None, None], X, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)), ok
 
 
@@ -316,22 +326,23 @@ def _eigh_one_by_one(A: Tensor) -> tuple[Tensor, Tensor]:
     return eigenvalues, Q
 
 
-def _one_by_one(decompose: Callable[[Tensor], tuple[Tensor, ...]], A: Tensor, *results: Tensor) -> None:
+def _one_by_one(decompose: Callable[[Tensor], tuple[Tensor, ...]], A: Tensor, *results: Tensor) -> Tensor:
     """Decompose each matrix by itself into its row of `results`; again in float64, and then NaN, where that fails.
 
     torch hands LAPACK a copy of a single matrix, in an allocation of its own: that is what makes the result
-    independent of the stack.
+    independent of the stack. Returns which rows are finite, `(n,)`.
     """
-    for result in results:
-        result.fill_(torch.nan)
+    ok, rows = torch.zeros(len(A), dtype=torch.bool, device=A.device), list(range(len(A)))
     for dtype in dict.fromkeys((A.dtype, torch.float64)):
-        missing = ~torch.stack([_finite(result) for result in results]).all(dim=0)
-        for row in missing.nonzero().flatten().tolist():
+        for row in rows:
             try:
-                parts = decompose(A[row].to(dtype))
+                parts: tuple[Tensor | float, ...] = decompose(A[row].to(dtype))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
-                continue
+                parts = (torch.nan,) * len(results)
             for result, part in zip(results, parts, strict=True):
                 result[row] = part
+        ok = torch.stack([finite(result) for result in results]).all(dim=0)
+        rows = (~ok).nonzero().flatten().tolist()
+    return ok

@@ -1,5 +1,7 @@
 """What an optimizer tells about itself is what it does and holds."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -68,14 +70,32 @@ class TestCoverage:
 
 
 class TestDiagnostics:
-    def test_scalars_by_name(self, case):
+    @pytest.mark.parametrize("full", [False, True])
+    def test_scalars_by_name(self, case, full):
         params = parameters()
         optimizer = case.make(params)
+        optimizer.track()
         for _ in range(2):
-            found = optimizer.diagnostics()
+            found = optimizer.diagnostics(full)
             assert all(type(key) is str and type(value) is float for key, value in found.items())
+            assert not any(math.isnan(value) for value in found.values())
             assert found["refused_steps"] == 0 and found["refresh_failures"] == 0
             cases.train(optimizer, params, range(5))
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_nothing_is_read_of_meta_parameters(self, case, full):
+        """What the host knows is told; the rest is nan, in the steps that are measured too."""
+        params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in cases.SHAPES]
+        optimizer = case.make(params)
+        optimizer.track()
+        assert optimizer.diagnostics(full)["parameters"] == len(params)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            optimizer.step()
+        found = optimizer.diagnostics(full)
+        assert found["state_bytes"] == optimizer.memory_report().state
+        assert all(math.isnan(found[key]) for key in ("gradient_norm", "update_ratio", "skipped_updates_max"))
 
     def test_gradient_norm_is_that_of_all_gradients(self, case):
         params = parameters()
@@ -89,7 +109,7 @@ class TestDiagnostics:
         optimizer = secondorder.SOAP([p], refresh_by="eigh", refresh_every=4, refresh="together")
         cases.train(optimizer, [p], range(8))
         wanted = [torch.linalg.cond(optimizer.state[p][f"covariance_{i}"]).item() for i in (0, 1)]
-        assert optimizer.diagnostics()["condition_max"] == pytest.approx(max(wanted), rel=1e-6)
+        assert optimizer.diagnostics(full=True)["condition_max"] == pytest.approx(max(wanted), rel=1e-6)
 
 
 class TestOperators:

@@ -22,7 +22,7 @@ def test_two_commands_of_one_line_each_do_their_own_setup() -> None:
         assert command.count("\n") == 1
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ")
     assert train.endswith(" && .venv/bin/torchrun --standalone recipes/train.py --config configs/lm_tiny.yaml\n")
-    assert test.endswith(" && .venv/bin/python -m pytest\n")
+    assert test.endswith(" && .venv/bin/python -m pytest -n 2\n")
 
 
 def test_named_files_exist() -> None:

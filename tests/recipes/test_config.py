@@ -156,8 +156,6 @@ def test_a_resolved_config_resolves_to_itself(tmp_path, name):
         (["--train.steps"], "--train.steps needs a value"),
         (["steps=3"], "expected an option, got 'steps=3'"),
         (["--train=3"], "train: expected a section with keys, got '3'"),
-        (["--sweep=seed=1,2", "--resume=runs"], "--sweep makes new runs, --resume continues one: give one of them"),
-        (["--sweep=optimizer.lr"], "--sweep: expected KEY=VALUE,VALUE"),
     ],
 )
 def test_a_mistake_is_named_with_the_nearest_right_word(argv, message):
@@ -176,7 +174,7 @@ def test_a_damaged_yaml_file_is_one_line(tmp_path):
 
 def test_help_lists_every_key_and_every_argument_of_the_optimizer():
     text = command.help_text(command.parse(["--optimizer.name=torch.adamw", "--help"]))
-    for key in command._flat(command.as_dict(resolve())):
+    for key in command.flat(command.as_dict(resolve())):
         if not key.startswith(("optimizer", "compare")):
             assert f"--{key} " in text, key
     for key in optimizer.arguments("torch.adamw"):
@@ -190,7 +188,8 @@ def test_the_loop_gives_params_and_module_itself():
 
 @pytest.mark.parametrize("path", sorted(command.CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_resolves_and_says_what_it_is_for(path):
-    resolve(f"--config={path}")
+    if path.name != "wandb_sweep.yaml":  # that one is for wandb: test_wandb.py
+        resolve(f"--config={path}")
     purpose, launch, expected = path.read_text().splitlines()[:3]
     assert purpose.startswith("# ")
     assert "recipes/train.py" in launch

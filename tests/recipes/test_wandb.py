@@ -5,7 +5,9 @@ import struct
 import time
 
 import pytest
+import yaml
 
+import command
 import tracking
 from config import Log
 
@@ -37,15 +39,17 @@ def records(path):
             yield record
 
 
-def history(folder):
-    """The rows that were logged, as dictionaries."""
+def written(folder, kind):
+    """All records of one kind of the one run in a folder."""
     wandb.teardown()  # its service process writes the file, some time after finish() has returned
     (path,) = folder.rglob("offline-run-*/run-*.wandb")
-    rows = []
-    for record in records(path):
-        if record.WhichOneof("record_type") == "history":
-            rows.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
-    return rows
+    return [getattr(record, kind) for record in records(path) if record.WhichOneof("record_type") == kind]
+
+
+def history(folder):
+    """The rows that were logged, as dictionaries."""
+    rows = written(folder, "history")
+    return [{".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row.item} for row in rows]
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +70,48 @@ def test_an_offline_run_file_holds_the_metrics(recipe):
         assert any(key in row for row in rows), key
     for phase in ("data", "forward_backward", "optimizer"):
         assert rows[-1][f"time/{phase}_ms"] > 0
+    losses = [row["val/loss"] for row in rows if "val/loss" in row]
+    lowest = [row["val/lowest_loss"] for row in rows if "val/loss" in row]
+    assert lowest == [min(losses[: number + 1]) for number in range(len(losses))]
+    assert {key.split("/")[0] for key in rows[-1] if "/" in key} == {"train", "val", "optimizer", "time", "memory"}
+    metrics = {metric.name or metric.glob_name: metric for metric in written(recipe.folder, "metric")}
+    assert metrics["val/loss"].summary.min
+    assert metrics["val/loss"].summary.last
+    assert metrics["time/*"].summary.mean
+    assert metrics["memory/*"].summary.max
+    assert metrics["seconds"].options.hidden
+
+
+def test_the_lowest_loss_outlives_a_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "val/loss": 0.5}\n{"step": 2, "val/loss": 0.7}\n')
+    assert tracking.Tracker(Log(wandb="disabled"), tmp_path, "name", {}).lowest == 0.5
+
+
+def test_the_shipped_sweep_makes_command_lines_that_train_accepts(monkeypatch):
+    """With the code by which wandb's own agent makes them."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    path = command.CONFIGS / "wandb_sweep.yaml"
+    text = path.read_text()
+    assert [line[:2] for line in text.splitlines()[:3]] == ["# "] * 3
+    sweep = yaml.safe_load(text)
+    assert sweep["program"] == "recipes/train.py"
+    assert (command.CONFIGS.parent / sweep["program"]).is_file()
+    assert sweep["metric"] == {"name": tracking.LOWEST, "goal": "minimize"}
+    monkeypatch.chdir(command.CONFIGS.parent)
+    for pick in (min, max):
+        chosen = {}
+        for key, space in sweep["parameters"].items():
+            values = space.get("values") or [space[name] for name in ("value", "min", "max") if name in space]
+            chosen[key] = {"value": pick(values)}
+        words = []
+        for word in create_sweep_command(list(sweep["command"])):
+            words += create_sweep_command_args({"args": chosen})["args"] if word == "${args}" else [word]
+        assert words[:3] == ["${env}", "${interpreter}", "${program}"]
+        config = command.resolve(command.parse(words[3:]))
+        assert config.optimizer.name == "soap"
+        assert config.optimizer.arguments["lr"] == chosen["optimizer.lr"]["value"]
+        assert config.compare == ()
 
 
 def test_auto_without_credentials_is_offline_and_says_how_to_upload(recipe, capsys):

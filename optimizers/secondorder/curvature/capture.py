@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from secondorder.curvature.layers.attention import DecomposedMultiheadAttention
 from secondorder.curvature.layers.registry import kind_of
+from secondorder.curvature.samples import gram, same_examples
 from secondorder.curvature.site import Site, Wants
 
 
@@ -99,8 +100,7 @@ class Capture:
     def clear(self) -> None:
         """Drop what backward passes handed over; Fisher sums stay."""
         for site in self.sites:
-            for t in site.flat:
-                t.grad = None
+            site.clear()
 
     def finish(self) -> None:
         """Drop everything: a step has used it."""
@@ -150,6 +150,28 @@ class Capture:
             name: [torch.zeros_like(t) if t.grad is None else t.grad.detach() for t in leaves]
             for name, leaves in site.leaves.items()
         }
+
+    def overlaps(self, trained: Container[int]) -> Tensor | None:
+        """Mean over the examples whose rows were kept, as a matrix that has its eigenvalues (see `samples`).
+
+        Args:
+            trained: `id` of parameters that count.
+
+        Returns:
+            One row and column for each of them in each pass; None where what was kept does not fit together.
+        """
+        sites = [site for site in self.sites if site.leaves]
+        if not same_examples([site.kept for site in sites]):
+            return None
+        parts = []
+        for site in sites:
+            weight, bias = (p is not None and p.requires_grad and id(p) in trained for p in (site.weight, site.bias))
+            unseen = weight and site.wants.inputs is None and site.rule.d_in > 0
+            if unseen or len(self.leads.get(id(site.weight), ())) > 1:
+                return None
+            parts.append(gram(site.kept, site.rule, weight, bias))
+        K = torch.stack([part.to(parts[0]) for part in parts]).sum(0)
+        return K / sum(kept.m for kept in sites[0].kept if kept.anew)
 
     def totals(self, group: Any) -> dict[Site, dict[str, list[Tensor]]]:
         """What the sites received, by leaf, summed over the ranks of a process group; None and one rank are the same.

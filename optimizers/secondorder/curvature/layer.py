@@ -62,11 +62,13 @@ class Sums:
         raw: By stream and by where the piece begins: for `"gram_i"` along mode `i`, for `"moment"` in all modes.
         scales: By stream, 0-d or one number per group; a stream without raw sums is its scale.
         starts: By stream, the axes of a piece's position that matter.
+        rows: For every use, its number of rows `(k,)`; empty where they are of the model's distribution, not of data.
     """
 
     raw: dict[str, dict[tuple[int, ...], Tensor]]
     scales: dict[str, Tensor]
     starts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    rows: Sequence[Tensor] = ()
 
     def of(self, stream: str, at: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Raw sum and scale of a piece that begins at `at` in its parameter's view; None where there is none."""

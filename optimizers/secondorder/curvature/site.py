@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secondorder.curvature.layer import Side, input_sums, moment_sums, output_sums
 from secondorder.curvature.layers.protocol import LayerRule
+from secondorder.curvature.samples import Kept, keep
 from secondorder.curvature.tap import leaf, make_tap
 
 Frames = Sequence[tuple[Tensor | None, Tensor | None]]
@@ -48,6 +49,7 @@ class Site:
         replicas: The process group of the DDP wrapper in whose forward pass the module was last seen, or None.
         frames: Eigenbases of the tiles, where squares in them are wanted.
         leaves: What receives the statistics, by name; `flat`: the same in one list.
+        samples: Of how many examples of a backward pass rows are kept, in `kept`; not in a compiled one.
     """
 
     def __init__(self, name: str, module: nn.Module, rule: LayerRule, names: tuple[str, str]) -> None:
@@ -61,6 +63,7 @@ class Site:
         self.wants, self.dtype = Wants(None, None), torch.float32
         self.leaves: dict[str, list[Tensor]] = {}
         self.flat: list[Tensor] = []
+        self.samples, self.kept = 0, list[Kept]()
         self._tap = make_tap(self.statistics)
 
     def configure(self, wants: Wants, dtype: torch.dtype, device: torch.device) -> None:
@@ -119,8 +122,13 @@ class Site:
         A gradient scaler skips a step with infinite gradients, and `model.zero_grad()` does not pass by the optimizer.
         """
         if all(p is None or p.grad is None for p in (self.weight, self.bias)):
-            for t in self.flat:
-                t.grad = None
+            self.clear()
+
+    def clear(self) -> None:
+        """Drop what backward passes handed over."""
+        self.kept = []
+        for t in self.flat:
+            t.grad = None
 
     def attention(self, module: nn.Module, inputs: tuple[Tensor, ...], outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The tap of projections (see `layers.attention`)."""
@@ -150,6 +158,10 @@ class Site:
         by_group = rule.outputs(gs if len(gs) > 1 else gs[0], *saved)
         apart = isinstance(by_group, tuple)
         chunks = [g[None] for g in by_group] if isinstance(by_group, tuple) else [by_group]
+        if self.samples and not torch.compiler.is_compiling():
+            known = saved if self._needs_rows or rule.tokens else None
+            rows = [chunk.to(self.dtype) for chunk in chunks]
+            self.kept.append(keep(rule, rows, known, self.samples, self.with_inputs))
         inputs: list[Any] = [None] * len(chunks)
         if self._needs_rows and (self.with_inputs or "moment" in self.leaves):
             if reduce and not (apart or rule.masks or "moment" in self.leaves or self.wants.reference == "weight"):

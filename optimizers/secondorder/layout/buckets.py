@@ -150,6 +150,7 @@ class BaseBucket:
         work_rows: Their parts, in the shapes of the pieces.
         strands: `(piece, strand)` of every strand; `work_rows` has their places in the same order.
         held: Streams with workspaces of their own: the update waits there until all buckets have theirs (see `_step`).
+        told: What the last step left for `diagnostics()`.
     """
 
     group: int
@@ -166,6 +167,7 @@ class BaseBucket:
     work_rows: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
     strands: list[tuple[int, Strand]] = field(default_factory=list, repr=False)
     held: tuple[str, ...] = ()
+    told: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:

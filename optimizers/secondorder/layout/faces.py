@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -56,7 +57,9 @@ class Layout:
         self.warned: set[str] = set()
         self._signature: tuple[Any, ...] | None = None
         self._flat: list[Tensor] = []
-        self._faces: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._places: list[dict[str, Any]] = []  # entry by entry, where in `state` it must be,
+        self._keys: list[str] = []  # under which key,
+        self._views: list[Tensor] = []  # and what it must be
         self._dicts: list[tuple[Tensor, dict[str, Any]]] = []
         self._own: list[dict[str, Any]] = []
         self._adopting: set[int] = set()  # parameters that bring state along
@@ -70,15 +73,15 @@ class Layout:
         return self
 
     def _intact(self, state: ParamState) -> bool:
-        return all(d.get(key) is view for d, key, view in self._faces) and all(
-            state.get(p) is d for p, d in self._dicts
-        )
+        held = map(dict.get, self._places, self._keys)  # thousands of them in every step: no loop in Python
+        return all(map(is_, held, self._views)) and all(state.get(p) is d for p, d in self._dicts)
 
     def _rebuild(self, groups: Sequence[Group], state: ParamState, treat: Treat, signature: tuple[Any, ...]) -> None:
         flat = [p for g in groups for p in g["params"]]
         self._follow_replaced(flat, state)
         self._signature = None  # if anything below raises, the next call tries again
-        self._faces, self._dicts, self._own, self.buckets = [], [], [], []
+        self._places, self._keys, self._views = [], [], []
+        self._dicts, self._own, self.buckets = [], [], []
         self.params, self.treatments, self._adopting = [], [], set()
         seen: set[int] = set()
         for gi, g in enumerate(groups):
@@ -134,7 +137,9 @@ class Layout:
                 )
             view.copy_(held)
         d[key] = own[key] = view
-        self._faces.append((d, key, view))
+        self._places.append(d)
+        self._keys.append(key)
+        self._views.append(view)
 
     def _make_buckets(self) -> list[BaseBucket]:
         stacked: dict[Any, Bucket] = {}

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from secondorder.curvature.layer import Sums
 from secondorder.layout.buckets import BaseBucket, Piece, Strand, factor_dtype
+from secondorder.linalg import known
 
 Group = dict[str, Any]
 
@@ -43,10 +45,15 @@ class Flags:
     norms: list[tuple[list[int], Tensor, Tensor]]
     sums: Mapping[int, Sums] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def present(self) -> list[bool]:
         """For every parameter, whether it has a gradient."""
         return [g is not None for g in self.grads]
+
+    def leave_out(self, index: int) -> None:
+        """Treat a parameter as one without a gradient."""
+        self.grads[index] = None
+        self.__dict__.pop("present", None)
 
 
 def largest_norm(dtype: torch.dtype) -> float:
@@ -119,7 +126,9 @@ class SinglePlan:
             b.work["grad"].zero_()
         torch._foreach_copy_([b.work_rows["grad"][j] for j, _ in here], [g for _, g in here])
         # A rate of 0 does not protect an average from a nan: lerp_(nan, 0) is nan. So bad streams become zeros first.
-        b.work["grad"].masked_fill_(~flags.ok[b.device], 0)
+        ok = flags.ok[b.device]
+        if not known(ok):
+            b.work["grad"].masked_fill_(~ok, 0)
         if "param" in b.work:
             torch._foreach_copy_(b.work_rows["param"], [strand.cut(params[strand.index]) for _, strand in b.strands])
         if "arrived" in b.work:
@@ -189,8 +198,11 @@ def stage_statistics(b: BaseBucket, flags: Flags) -> None:
     arrived = b.work["arrived"]
     sums = [flags.sums.get(piece.index) for piece in b.pieces]
     span = b.rows // len(b.pieces)
-    came = torch.tensor([float(found is not None) for found in sums], dtype=b.dtype).to(b.device)
-    arrived.copy_(came.repeat_interleave(span) * flags.ok[b.device])
+    if None not in sums:  # as usual: then nothing comes from the host, and a graph can capture the step
+        arrived.copy_(flags.ok[b.device])
+    else:
+        came = torch.tensor([float(found is not None) for found in sums], dtype=b.dtype).to(b.device)
+        arrived.copy_(came.repeat_interleave(span) * flags.ok[b.device])
     sent = arrived.clone()
     names = [name for name in b.streams() if name != "arrived"]
     for name in names:
@@ -203,8 +215,11 @@ def stage_statistics(b: BaseBucket, flags: Flags) -> None:
             continue
         sources = [raw.expand(places[r].shape) if raw.ndim == 0 else raw.view(places[r].shape) for r, raw, _ in here]
         torch._foreach_copy_([places[r] for r, _, _ in here], sources)
-        scales = torch.zeros(len(sums), span, dtype=b.dtype, device=b.device)
-        scales[[r for r, _, _ in here]] = torch.stack([scale.expand(span) for _, _, scale in here]).to(b.dtype)
+        scales = torch.stack([scale.expand(span) for _, _, scale in here]).to(b.dtype)
+        if len(here) < len(sums):
+            every = torch.zeros(len(sums), span, dtype=b.dtype, device=b.device)
+            every[[r for r, _, _ in here]] = scales
+            scales = every
         work.mul_(b.expand(scales.view(-1), work))
         arrived.mul_(work.reshape(b.rows, -1).sum(1).isfinite())
     b.s["failures"].add_((sent > arrived).to(b.s["failures"].dtype))

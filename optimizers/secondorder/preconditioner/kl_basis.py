@@ -150,6 +150,10 @@ class KLKronecker(Kronecker):
         """See `Method`."""
         self.factor.begin(s, x["grad"], c)
 
+    def factors(self, s: State, c: Context) -> dict[int, Tensor]:
+        """`S_i = Q_i B_i Q_i^T`."""
+        return {i: s[f"basis_{i}"] @ s[f"covariance_{i}"] @ s[f"basis_{i}"].mT for i in c.modes}
+
     def screen(self, s: State, x: Streams, c: Context) -> tuple[dict[str, Tensor], Tensor]:
         """Project the gradient: one product per mode."""
         Y = x["grad"]

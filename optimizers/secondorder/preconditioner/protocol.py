@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from secondorder.linalg import known
 from secondorder.preconditioner.rounding import row_keys, stochastic_round
 
 State = dict[str, Tensor]
@@ -109,7 +110,7 @@ def put_(stored: Tensor, new: Tensor, gate: Tensor, c: Context, seed: int = 0) -
     """Replace the rows of `stored` where `gate (n,)` is set, in place."""
     if stored.dtype == torch.bfloat16:
         new = _rounded(new, c, seed)
-    return stored.copy_(torch.where(c.expand(gate, stored) > 0, new, stored))
+    return stored.copy_(new if known(gate) else torch.where(c.expand(gate, stored) > 0, new, stored))
 
 
 def _rounded(x: Tensor, c: Context, seed: int) -> Tensor:

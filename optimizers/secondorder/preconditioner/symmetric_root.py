@@ -75,7 +75,9 @@ class SymmetricRoot(Method):
         if limit is not None:
             shrink = torch.where((size > limit) & (c.count >= 1), limit / size, shrink)
         factor, keep = c.expand(shrink, W), c.expand(finite, W)
-        clipped = {"grad": torch.where(keep, x["grad"] * factor, 0.0), "whitened": torch.where(keep, W * factor, 0.0)}
+        clipped = {"grad": x["grad"] * factor, "whitened": W.mul_(factor)}
+        if not linalg.known(finite):
+            clipped = {name: torch.where(keep, X, 0.0) for name, X in clipped.items()}
         return clipped, finite
 
     def apply(self, s: State, moment: Tensor, x: Streams, c: Context) -> Tensor:
@@ -105,8 +107,8 @@ class SymmetricRoot(Method):
         sizes = {i: (K.flatten(1).square().sum(1) / W.shape[i + 1]).sqrt() for i, K in moved.items()}
         k = len(modes)
         balanced = linalg.power(torch.stack([sizes[i] for i in modes]).prod(0), 1 / k) * linalg.power(z, -0.5 / k)
-        new = {i: K * c.expand(balanced / sizes[i], K) for i, K in moved.items()}
-        good = torch.stack([K.flatten(1).isfinite().all(1) for K in new.values()]).all(0)
+        new = {i: K.mul_(c.expand(balanced / sizes[i], K)) for i, K in moved.items()}
+        good = torch.stack([linalg.finite(K) for K in new.values()]).all(0)
         s["failures"].add_((live & ~good).to(s["failures"].dtype))
         for i, K in new.items():
             put_(s[f"root_{i}"], K, live & good, c)
@@ -145,10 +147,11 @@ class SymmetricRoot(Method):
 def _move_dense(K: Tensor, W: Tensor, mode: int, damping: Tensor, w: Tensor, eta: Tensor) -> Tensor:
     """`K - (e/2) (K H - K)`, rotated; `(n, d, d)`."""
     n, d = K.shape[:2]
-    H = gram(W, mode) * (d / W[0].numel()) + damping.view(n, 1, 1) * (K.mT @ K)
-    H = H / w.view(n, 1, 1)
+    H = gram(W, mode).mul_(d / W[0].numel()).add_((K.mT @ K).mul_(damping.view(n, 1, 1)))
+    H.div_(w.view(n, 1, 1))
     e = eta / (eta * _largest_eigenvalue(H)).clamp_min(1)
-    return _symmetrise(K - (e / 2).view(n, 1, 1) * (K @ H - K))
+    step = (K @ H).sub_(K).mul_((e / 2).view(n, 1, 1))
+    return _symmetrise(torch.sub(K, step, out=step))
 
 
 def _move_diagonal(a: Tensor, W: Tensor, mode: int, damping: Tensor, w: Tensor, eta: Tensor) -> Tensor:
@@ -171,9 +174,10 @@ def _symmetrise(K: Tensor) -> Tensor:
     R = K.mT - K
     size = R.flatten(1).norm(dim=1).view(-1, 1, 1)
     still = size <= _SYMMETRIC * K.flatten(1).norm(dim=1).view(-1, 1, 1)
-    R = R / torch.where(still, 1.0, size)
+    R.div_(torch.where(still, 1.0, size))
     KR = K @ R
     KRR = KR @ R
     first, second = (X.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) for X in (KR, KRR))
     turn = torch.where(second < 0, -first / second, 1.0).clamp_max(_LARGEST_TURN)
-    return torch.where(still, K, K + turn * KR + 0.5 * turn * turn * KRR)
+    turn = torch.where(still, 0.0, turn)
+    return KR.mul_(turn).add_(K).add_(KRR.mul_(0.5 * turn * turn))
