@@ -119,7 +119,7 @@ class InverseFree(Method):
         new: dict[str, Tensor] = {}
         for i, v, (eta, share, log_z) in zip(modes, seen, scalars, strict=True):
             new.update(self._moved(s, v, i, eta, share, log_z, c))
-        good = torch.stack([value.isfinite().view(len(value), -1).all(1) for value in new.values()]).all(0)
+        good = torch.stack([linalg.finite(value.view(len(value), -1)) for value in new.values()]).all(0)
         live = c.seen_gate > 0
         s["failures"].add_((live & ~good).to(s["failures"].dtype))
         for seed, (name, value) in enumerate(new.items()):

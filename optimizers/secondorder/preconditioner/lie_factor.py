@@ -100,7 +100,7 @@ class LieFactor(Method):
                 m = new[f"factor_momentum_{i}"] = s[f"factor_momentum_{i}"].to(G.dtype).lerp(m, c.expand(rate, m))
             new[f"factor_{i}"] = K[i] - c.expand(self.rate(kind, m, c), m) * kind.product(K[i], m)
         live = c.seen_gate > 0
-        good = torch.stack([value.flatten(1).isfinite().all(1) for value in new.values()]).all(0)
+        good = torch.stack([linalg.finite(value) for value in new.values()]).all(0)
         s["failures"].add_((live & ~good).to(s["failures"].dtype))
         for seed, (name, value) in enumerate(new.items()):
             put_(s[name], value, live & good, c, seed)
@@ -113,7 +113,8 @@ class LieFactor(Method):
             U = act_along(kind.apply, K, act_along(kind.apply_t, K, U, i), i)
         U = U * c.expand(self.unit(s, c), U)
         # After a jump by many orders of magnitude factors need some steps to follow.
-        return torch.where(c.expand(U.flatten(1).isfinite().all(1), U), U, 0.0)
+        finite = linalg.finite(U)
+        return U if linalg.known(finite) else torch.where(c.expand(finite, U), U, 0.0)
 
     def noise(self, s: State, mean_square: Tensor, c: Context) -> Tensor:
         """`λ (n,)`."""
