@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from secondorder import linalg
+from secondorder.preconditioner.group_factor import square_along, square_spectrum
 from secondorder.preconditioner.layer_basis import outer
-from secondorder.preconditioner.modes import unfold
 from secondorder.preconditioner.protocol import (
     FACTOR_DTYPES,
     Context,
@@ -173,18 +173,16 @@ class InverseFree(Method):
         X = moment
         for i in sorted((*c.modes, *c.diagonal)):
             kind, K = self.structure(i, c.diagonal), s[f"root_{i}"].to(X.dtype)
-            moved = X.movedim(i + 1, 1)
-            X = kind.apply(K, kind.apply_t(K, unfold(X, i))).reshape(moved.shape).movedim(1, i + 1)
+            X = square_along(kind, K, X, i)
         return X
 
     def spectra(self, s: State, c: Context) -> tuple[dict[int, Tensor], Tensor, Tensor]:
         """`(K K^T)^-1`, which contains the damping, and `K Kᵀ`."""
         bases, values = {}, {}
         for i in sorted((*c.modes, *c.diagonal)):
-            found = self._eigen(s, i, c)
-            values[i] = found[0]
-            if i in c.modes:
-                bases[i] = found[1]
+            values[i], vectors = self._eigen(s, i, c)
+            if vectors is not None:
+                bases[i] = vectors
         spectrum = outer(values, tuple(s["momentum"].shape[1:]))
         return bases, 1 / spectrum, spectrum
 
@@ -193,18 +191,13 @@ class InverseFree(Method):
         found = {}
         for i in sorted((*c.modes, *c.diagonal)):
             values, Q = self._eigen(s, i, c)
-            found[i] = 1 / values if i in c.diagonal else (Q / values[:, None]) @ Q.mT
+            found[i] = 1 / values if Q is None else (Q / values[:, None]) @ Q.mT
         return found
 
     def conditions(self, s: State, c: Context) -> dict[int, Tensor]:
         """Condition numbers of `K Kᵀ`."""
         return {i: d.amax(-1) / d.amin(-1) for i in (*c.modes, *c.diagonal) for d in [self._eigen(s, i, c)[0]]}
 
-    def _eigen(self, s: State, mode: int, c: Context) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, positive, and eigenvectors of `K Kᵀ`."""
-        K = s[f"root_{mode}"].to(s["momentum"].dtype)
-        if mode in c.diagonal:
-            return K.square(), K
-        full = self.structure(mode, c.diagonal).to_dense(K)
-        values, Q, _ = linalg.eigh(full @ full.mT)
-        return torch.maximum(values, torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)), Q
+    def _eigen(self, s: State, mode: int, c: Context) -> tuple[Tensor, Tensor | None]:
+        """Eigenvalues, positive, and (unless diagonal) eigenvectors of `K Kᵀ`."""
+        return square_spectrum(self.structure(mode, c.diagonal), s[f"root_{mode}"].to(s["momentum"].dtype))

@@ -22,7 +22,7 @@ Shampoo; *Structured Inverse-Free Natural Gradient Descent* (2024, arXiv:2312.05
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from secondorder import linalg
+from secondorder.preconditioner.group_factor import act_along, square_along, square_spectrum
 from secondorder.preconditioner.modes import mean_square, unfold
 from secondorder.preconditioner.protocol import (
     FACTOR_DTYPES,
@@ -43,7 +44,7 @@ from secondorder.preconditioner.protocol import (
     put_,
 )
 from secondorder.preconditioner.root_free import batch_factor
-from secondorder.preconditioner.structures import Diagonal, Structure, structure, structure_names
+from secondorder.preconditioner.structures import Structure, structure, structure_names
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class LieFactor(Method):
         U = moment
         for i, kind in _kinds(moment, c).items():
             K = s[f"factor_{i}"].to(U.dtype)
-            U = act_along(kind.apply, K, act_along(kind.apply_t, K, U, i), i)
+            U = square_along(kind, K, U, i)
         U = U * c.expand(self.unit(s, c), U)
         # After a jump by many orders of magnitude factors need some steps to follow.
         finite = linalg.finite(U)
@@ -149,17 +150,8 @@ class LieFactor(Method):
 
     def _eigen(self, s: State, c: Context) -> dict[int, tuple[Tensor, Tensor | None]]:
         """Eigenvalues, positive, and (unless diagonal) eigenvectors of `K_i K_i^T` by axis."""
-        found: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for i, kind in _kinds(s["momentum"], c).items():
-            K = s[f"factor_{i}"].to(s["momentum"].dtype)
-            if isinstance(kind, Diagonal):
-                found[i] = K.square(), None
-                continue
-            dense = kind.to_dense(K)
-            values, vectors, _ = linalg.eigh(dense @ dense.mT)
-            least = torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
-            found[i] = torch.maximum(values, least), vectors
-        return found
+        dtype = s["momentum"].dtype
+        return {i: square_spectrum(kind, s[f"factor_{i}"].to(dtype)) for i, kind in _kinds(s["momentum"], c).items()}
 
 
 @dataclass(frozen=True)
@@ -173,12 +165,6 @@ class RareLieFactor(LieFactor):
             start += -(-(4 ** (k + 1) - 1 - start) // k) * k
             k += 1
         return t >= start and (t - start) % k == 0
-
-
-def act_along(act: Callable[[Tensor, Tensor], Tensor], K: Tensor, X: Tensor, mode: int) -> Tensor:
-    """`act(K, ·)` on the vectors of `X (n, d_1, ..., d_k)` along a mode."""
-    Y = X.movedim(mode + 1, 1)
-    return act(K, unfold(X, mode)).view(Y.shape).movedim(1, mode + 1)
 
 
 def _kinds(X: Tensor, c: Context) -> dict[int, Structure]:
