@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import secondorder
+from cases import normal
 
 CLASSES = [secondorder.KFAC, secondorder.EKFAC]
 BASE = dict(
@@ -13,10 +14,6 @@ BASE = dict(
     momentum="update", refresh_every=1, nesterov=False,
 )
 LOSSES = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy, "bce": F.binary_cross_entropy_with_logits}
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def linear(d_in=3, d_out=2):

@@ -139,6 +139,16 @@ def largest_update(cls: Any, shape: tuple[int, int], **options: Any) -> float:
     return worst
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64 that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels(*shape: int, seed: int = 0, classes: int = 3) -> Tensor:
+    """Class indices that depend on the seed alone."""
+    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
 class Launches(TorchDispatchMode):
     """Counts operations by name; a view launches nothing."""
 

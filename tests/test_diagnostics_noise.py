@@ -11,17 +11,10 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import secondorder
+from cases import labels, normal
 
 SETTINGS = dict(lr=0.0, betas=(0.0, 0.0), damping=0.1, weight_decay=0.0, refresh_every=2)
 KEYS = ("sample_gradient_norm", "gradient_variance", "signal_to_noise")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def labels(n, seed=0, classes=3):
-    return torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(seed))
 
 
 class Vision(nn.Module):

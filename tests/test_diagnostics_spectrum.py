@@ -7,14 +7,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 import secondorder
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def labels(n, seed=0, classes=3):
-    return torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(seed))
+from cases import labels, normal
 
 
 class Vision(nn.Module):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import secondorder
+from cases import labels, normal
 from dense_kfac import assert_near, backward, cross_entropy, gradient, joint, mlp
 from secondorder.curvature import layer as layer_statistics
 
@@ -26,14 +27,6 @@ def small(bias=True):
 def ekfac(model, **options):
     options = {**SETTINGS, "refresh_every": 1, "refresh": "together", **options}
     return secondorder.EKFAC(model.parameters(), module=model, **options)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def labels(*shape, seed=0, classes=3):
-    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def examples(model, layer, x, y):

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import cases
-from cases import gradient
+from cases import gradient, normal
 from secondorder import SpectralFactorized
 
 F64 = torch.float64
 ONE_SIDED, BOTH = (5, 40), (7, 5)  # factors of size 5; of sizes 7 and 5
 RATES = (1e-3, 5e-4, 2.5e-4)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def orthogonal(d: int, seed: int) -> Tensor:
