@@ -53,6 +53,11 @@ class AdaptiveLayerOptimizer(LayerOptimizer):
         trial = Trial.of(type(self).__name__, self.param_groups, closure, self._over_ranks)
         if trial is None or closure is None:
             return super().step(closure)
+        if self._chosen_plan(self._layout).group is not None:
+            raise ValueError(
+                "adapt_damping and quadratic_model need the directions of all blocks in every process: they do not go "
+                "together with sharded parameters or sharding='owners'"
+            )
         sites = self._capture.sites if self._capture is not None else []
         self._trial = trial
         try:

@@ -1,6 +1,8 @@
 """`batch_size="count"`: the batch factor B, counted from the network's forward passes.
 
-    B = Σ samples of the passes since the last step: micro-batches, and the ranks of a DDP wrapper's group
+    B = Σ samples of the passes since the last step: micro-batches, and the ranks of `process_group`, of a DDP
+        wrapper's group, or of all that share sharded parameters (under tensor parallelism a sample so counts on every
+        one of its processes: give a number there)
 
 A pass is a call of `module` in training mode with gradients enabled; its samples are the first axis of its first tensor
 argument. Sizes are Python numbers on the host: nothing waits for a device. A compiler traces the addition into its
@@ -97,7 +99,8 @@ class BatchCounting(PreconditionedOptimizer):
         if any(map(_counts, self.param_groups)):
             self._follow()
             if self._counter is not None:
-                self._batch = self._counter.take(self._batch)
+                given = self._sharing.process_group or self._counter.replicas or layout.plan.group
+                self._batch = self._counter.take(self._batch, given)
             if self._batch is None and "batch" not in layout.warned:
                 layout.warned.add("batch")
                 warnings.warn(
@@ -154,11 +157,12 @@ class BatchCounter:
     def _arrive(self, p: Tensor) -> None:
         self.arrived = True
 
-    def take(self, before: float | Tensor | None) -> float | Tensor | None:
+    def take(self, before: float | Tensor | None, group: Any) -> float | Tensor | None:
         """B of this step, then begin anew.
 
         Args:
             before: What it is if no pass was counted.
+            group: Ranks that are summed, or None.
 
         Returns:
             A number, or a 0-d tensor after compiled passes and where ranks are summed.
@@ -168,8 +172,8 @@ class BatchCounter:
             total = self.traced + total
         self.clear()
         dtype = factor_dtype(self.witness.dtype)
-        if self.replicas is not None and torch.distributed.get_world_size(self.replicas) > 1:
-            total = all_reduced([torch.zeros_like(self.traced) + total], self.replicas)[0]
+        if group is not None and torch.distributed.get_world_size(group) > 1:
+            total = all_reduced([torch.zeros_like(self.traced) + total], group)[0]
             return torch.where(total > 0, total.to(dtype), 1.0 if before is None else before).view(())
         if isinstance(total, Tensor):
             return total.to(dtype).view(())

@@ -57,6 +57,8 @@ def diagnostics(layout: Layout, groups: Sequence[dict[str, Any]], watch: Watch, 
         return math.nan if any(map(math.isnan, values)) else how(values)
 
     out["refresh_failures"] = over(blocks, "refresh_failures", sum)
+    if layout.plan.failures is not None:  # those of other processes' blocks too
+        out["refresh_failures"] = max(out["refresh_failures"], float(layout.plan.failures))
     out["waiting_blocks"] = over(blocks, "waiting", sum)
     out["skipped_updates_max"] = over(list(buckets.values()), "skipped_updates_max", _most)
     out["steps_since_refresh_max"] = over(blocks, "steps_since_refresh_max", _most)

@@ -61,8 +61,11 @@ def factors(self: LayerOptimizer) -> dict[str, dict[str, Any]]:
                 eigenvectors, eigenvalues: those that are applied, of the last refresh; None where there are none,
                 moment: second moments in the eigenvectors, of the block's shape; None for KFAC. Blocks of a diagonal
                     kind have this entry and `observations` alone.
+
+    Raises:
+        RuntimeError: If other processes have some of the blocks.
     """
-    layout, capture = self._current(), self._capture
+    layout, capture = self._complete(), self._capture
     names = {
         id(p): self._label(gi, pi).name
         for gi, group in enumerate(self.param_groups)

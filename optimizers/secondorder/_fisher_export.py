@@ -31,20 +31,20 @@ from secondorder.preconditioner.modes import mul
 from secondorder.preconditioner.protocol import Context, State
 
 if TYPE_CHECKING:
-    from secondorder._optimizer import PreconditionedOptimizer
+    from secondorder._inspection import Inspection
 
 KINDS = ("diag", "kronecker")
 
 
 def fisher(
-    optimizer: PreconditionedOptimizer, kind: Literal["diag", "kronecker"], batch_size: float | None
+    optimizer: Inspection, kind: Literal["diag", "kronecker"], batch_size: float | None
 ) -> dict[str, Any]:
-    """See `PreconditionedOptimizer.fisher`."""
+    """See `Inspection.fisher`."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if batch_size is not None and not batch_size > 0:
         raise ValueError(f"batch_size must be None or a number > 0, got {batch_size!r}")
-    layout, groups = optimizer._current(), optimizer._groups()
+    layout, groups = optimizer._complete(), optimizer._groups()
     names = {
         id(p): optimizer._label(gi, pi).name
         for gi, group in enumerate(optimizer.param_groups)

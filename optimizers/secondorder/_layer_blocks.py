@@ -7,18 +7,22 @@ blocks with factors of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secondorder.curvature.capture import Capture
 from secondorder.curvature.layer import Side, Sums
 from secondorder.curvature.site import Site, Wants
 from secondorder.layout.blocks import Fold, Treatment, even_cuts
+from secondorder.layout.buckets import Candidate, Piece
+from secondorder.layout.faces import Layout
 
 Group = dict[str, Any]
-Totals = Mapping[Site, dict[str, list[Tensor]]]
+Totals = Mapping[Site, dict[str, list[Any]]]  # a tensor, or None where other processes have it
+Leaf = tuple[Site, str, int]  # a site, the name of its statistic, which of them
 
 
 def weight_blocks(
@@ -158,17 +162,75 @@ class Scales:
         outputs: Scale of output factors and moments, 0-d: M / c² for a loss that is a mean over M terms, captured times
             a loss scale c; 1 / M for Fisher sums; 1 for M where the loss is a sum.
         terms: M, 0-d; 1 where the loss is a sum.
-        probed: Captured gradients of reference layers and the loss scale c in them; None where they were not asked.
+        probed: Captured gradients of reference layers, what they are compared with, and the loss scale c in them; None
+            where they were not asked.
     """
 
     def __init__(
-        self, outputs: Tensor, terms: Tensor, probed: tuple[Mapping[Site, Tensor], Tensor] | None = None
+        self,
+        outputs: Tensor,
+        terms: Tensor,
+        probed: tuple[Mapping[Site, Tensor], Mapping[Site, Tensor], Tensor] | None = None,
     ) -> None:
         self.outputs, self.terms, self.probed = outputs, terms, probed
 
     def inputs(self, rows: Tensor) -> Tensor:
         """1 / rows, and 0 where there are none."""
         return torch.where(rows > 0, 1 / rows.clamp_min(1), 0.0)
+
+
+def all_sums(layout: Layout, capture: Capture, totals: Totals, scales: Scales) -> dict[int, Sums]:
+    """Sums of all blocks, by position of the leading parameter; of those of other processes, what normalises them."""
+    out: dict[int, Sums] = {}
+    for i, uses, t, is_bias in _led(layout, capture):
+        found = (bias_sums if is_bias else weight_sums)(uses, t, totals, scales)
+        if found is not None:
+            found.scales["terms"] = scales.terms
+            if capture.terms is None:
+                found.rows = [totals[site]["rows"][0] for site in uses if site in totals]
+            out[i] = found
+    return out
+
+
+def _led(layout: Layout, capture: Capture) -> Iterator[tuple[int, list[Site], Treatment, bool]]:
+    """Position, uses and treatment of every parameter with blocks of its own, and whether it is a bias apart."""
+    for i, (p, (_, _, t)) in enumerate(zip(layout.params, layout.treatments, strict=True)):
+        if not t.fallback and t.follows is None:
+            leads = capture.leads.get(id(p))
+            yield i, leads or capture.biases[id(p)], t, not leads
+
+
+def readers(layout: Layout, capture: Capture, owner: Callable[[Candidate], int]) -> dict[Leaf, set[int]]:
+    """By leaf, the owners of the blocks that are made of it."""
+    out: dict[Leaf, set[int]] = {}
+    led = {i: (uses, t, is_bias) for i, uses, t, is_bias in _led(layout, capture)}
+    for c in layout.candidates:
+        if c.piece.index in led:
+            for leaf in _read(*led[c.piece.index], c.piece.at):
+                out.setdefault(leaf, set()).add(owner(c))
+    return out
+
+
+def _read(uses: Sequence[Site], t: Treatment, is_bias: bool, at: tuple[int, ...]) -> list[Leaf]:
+    """The leaves of which the block is made that begins at `at`: see `weight_sums` and `bias_sums`."""
+    at = at or (0,) * len(t.view)
+    starts = [[start for start, _ in _spans(cuts)] for cuts in t.cuts]
+    if not uses[0].rule.d_in:
+        return [(site, "outputs", min(int(is_bias), len(site.leaves["outputs"]) - 1)) for site in uses]
+    if is_bias:
+        return [(site, "outputs", starts[-1].index(at[-1])) for site in uses]
+    if len({_axes(site, t) for site in uses}) > 1:  # the marginals are made of all
+        return [(site, name, i) for site in uses for name, leaves in site.leaves.items() for i in range(len(leaves))]
+    found: list[Leaf] = []
+    for site in uses:
+        at_in, at_out = _axes(site, t)
+        found.append((site, "inputs", starts[at_in].index(at[at_in])))
+        if at_out - t.batched in (*t.modes, *t.diagonal):
+            found.append((site, "outputs", starts[at_out].index(at[at_out])))
+        if "moment" in site.leaves:
+            row, column = starts[t.batched].index(at[t.batched]), starts[-1].index(at[-1])
+            found.append((site, "moment", row * len(starts[-1]) + column))
+    return found
 
 
 def weight_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Scales) -> Sums | None:
@@ -178,7 +240,7 @@ def weight_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Sca
         return None
     if not sites[0].rule.d_in:
         return _vector_sums(uses, 0, scales)
-    by_way: dict[tuple[int, int], dict[str, list[Tensor]]] = {}
+    by_way: dict[tuple[int, int], dict[str, list[Any]]] = {}
     for site, found in uses:
         known = by_way.get(way := _axes(site, t))
         by_way[way] = found if known is None else _added(known, found)
@@ -195,7 +257,10 @@ def weight_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Sca
             raw["moment"] = dict(zip(starts, found["moment"], strict=True))
             scale["moment"] = scales.outputs
         parts.append(Sums(raw, scale, {**axes, "moment": tuple(range(t.batched, len(t.view)))}))
-    return parts[0] if len(parts) == 1 else _both_ways(parts)
+    if len(parts) == 1:
+        return parts[0]
+    here = all(value is not None for p in parts for raw in p.raw.values() for value in raw.values())
+    return _both_ways(parts) if here else Sums({}, {})
 
 
 def bias_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Scales) -> Sums | None:
@@ -213,22 +278,27 @@ def bias_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Scale
     return Sums(raw, dict.fromkeys(raw, scales.outputs), dict.fromkeys(raw, axis))
 
 
-def _vector_sums(uses: Sequence[tuple[Site, dict[str, list[Tensor]]]], which: int, scales: Scales) -> Sums:
+def _vector_sums(uses: Sequence[tuple[Site, dict[str, list[Any]]]], which: int, scales: Scales) -> Sums:
     """Sums of a norm layer's weight (and bias, where joined), or of its bias."""
     found = uses[0][1]
     for _, more in uses[1:]:
         found = _added(found, more)
     index = min(which, len(found["outputs"]) - 1)
-    raw: dict[str, dict[tuple[int, ...], Tensor]] = {"gram_0": {(0,): found["outputs"][index]}}
+    raw: dict[str, dict[tuple[int, ...], Any]] = {"gram_0": {(0,): found["outputs"][index]}}
     return Sums(raw, dict.fromkeys(raw, scales.outputs), dict.fromkeys(raw, (1,)))
 
 
-def _placed(values: Sequence[Tensor], cuts: Sequence[int]) -> dict[tuple[int, ...], Tensor]:
+def _placed(values: Sequence[Any], cuts: Sequence[int]) -> dict[tuple[int, ...], Any]:
     return {(start,): value for (start, _), value in zip(_spans(cuts), values, strict=True)}
 
 
-def _added(a: Mapping[str, list[Tensor]], b: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    return {name: [x + y for x, y in zip(a[name], b[name], strict=True)] for name in a if name in b}
+def _added(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Sums leaf by leaf; None of those that other processes have."""
+    return {
+        name: [None if x is None or y is None else x + y for x, y in zip(a[name], b[name], strict=True)]
+        for name in a
+        if name in b
+    }
 
 
 def _both_ways(parts: Sequence[Sums]) -> Sums:
@@ -275,6 +345,25 @@ def sharing(group: Group, site: Site) -> Callable[[], str]:
         return ("reduce" if site.rule.pooled else "expand") if word == "auto" else word
 
     return chosen
+
+
+def bind_frames(layout: Layout, capture: Capture, bases: Iterable[tuple[Piece, Mapping[int, Tensor]]]) -> None:
+    """Show the sites the eigenbases of their blocks.
+
+    Args:
+        layout: Where the parameters are.
+        capture: The sites.
+        bases: By block, by mode, `(rows, d, d)`.
+    """
+    by_param: dict[int, list[tuple[tuple[int, ...], Mapping[int, Tensor]]]] = {}
+    for piece, found in bases:
+        by_param.setdefault(piece.index, []).append((piece.at, found))
+    for i, p in enumerate(layout.params):
+        tiles = sorted(by_param.get(i, []), key=lambda tile: tile[0])
+        led = capture.leads.get(id(p))
+        for site in led or capture.biases.get(id(p)) or ():
+            if tiles and site.wants.moment and (led or site.weight is None or not site.weight.requires_grad):
+                site.frames = frames(site, layout.treatments[i][2], [found for _, found in tiles])
 
 
 def frames(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secondorder.curvature.site import Site, Wants
 from secondorder.layout.blocks import Fold
+from secondorder.layout.plan import Flags, Plan
 
 _TOLERANCE = 1e-3
 
@@ -46,44 +47,55 @@ def loss_terms(counts: Sequence[Tensor]) -> Tensor:  # each (1,)
     return every.gather(0, (every > 0).int().argmax(0, keepdim=True))[0]
 
 
-def loss_scale(probes: Mapping[Site, Tensor], grad_scaler: Any) -> Tensor:  # each (k, d_out)
+def applied(sites: Sequence[Site], at: Mapping[int, int], plan: Plan, flags: Flags) -> dict[Site, Tensor]:
+    """What probes are compared with, `(k d_out,)`: of the gradients of reference layers, what this process stores.
+
+    Args:
+        sites: Reference layers.
+        at: By `id`, positions of parameters.
+        plan: How they are stored.
+        flags: Their gradients.
+    """
+    out = {}
+    for site in sites:
+        p, rule = site.bias if site.wants.reference == "bias" else site.weight, site.rule
+        grad = flags.grads[at[id(p)]]
+        if grad is not None:
+            rows, fold = rule.groups * rule.d_out, None if rule.fold is None else Fold(*rule.fold)
+            view, fold = ((rows, 1), None) if p is site.bias else ((rows, rule.d_in), fold)
+            out[site] = plan.row_sums(at[id(p)], grad, view, fold)
+    return out
+
+
+def loss_scale(probes: Mapping[Site, Tensor], applied: Mapping[Site, Tensor], grad_scaler: Any) -> Tensor:
     """The factor by which captured gradients exceed `p.grad`, 0-d: exactly a power of two, or 1.
 
     Args:
-        probes: By reference layer, the captured gradient of the bias, or of the weight summed over its inputs.
+        probes: By reference layer, the captured gradient `(k, d_out)` of the bias, or of the weight summed over inputs.
+        applied: What they are compared with, where there is a gradient.
         grad_scaler: Where one is given, its scale is taken.
     """
     like = next(iter(probes.values()))
     if grad_scaler is not None:
         return torch.as_tensor(float(grad_scaler.get_scale()), dtype=like.dtype, device=like.device)
-    ratio, square = _ratio(probes)
+    ratio, square = _ratio(probes, applied)
     exponent = ratio.log2()
     near = (exponent - exponent.round()).abs() < _TOLERANCE
     return torch.where(near & (square > 0), exponent.round().exp2(), torch.ones_like(square))
 
 
-def unclipped(probes: Mapping[Site, Tensor], scale: Tensor) -> Tensor:
+def unclipped(probes: Mapping[Site, Tensor], applied: Mapping[Site, Tensor], scale: Tensor) -> Tensor:
     """The factor by which captured gradients, divided by the loss scale, exceed `p.grad`, 0-d: 1, or it was clipped."""
-    ratio, square = _ratio(probes)
+    ratio, square = _ratio(probes, applied)
     return torch.where(square > 0, ratio / scale, torch.ones_like(square))
 
 
-def _ratio(probes: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor]:
+def _ratio(probes: Mapping[Site, Tensor], applied: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor]:
     """How many times `p.grad` captured gradients are, in the least squares sense, and the sum of its squares."""
     like = next(iter(probes.values()))
-    pairs = [(probe, grad) for site, probe in probes.items() if (grad := _applied(site)) is not None]
+    pairs = [(probe, applied[site]) for site, probe in probes.items() if site in applied]
     if not pairs:
         return torch.ones_like(like[0, 0]), torch.zeros_like(like[0, 0])
     captured, g = (torch.cat([t.detach().reshape(-1).to(like) for t in side]) for side in zip(*pairs, strict=True))
     square = g.square().sum()
     return (captured * g).sum() / square.clamp_min(torch.finfo(g.dtype).tiny), square
-
-
-def _applied(site: Site) -> Tensor | None:
-    """What a probe is compared with."""
-    if site.wants.reference == "bias":
-        return None if site.bias is None else site.bias.grad
-    if site.weight is None or site.weight.grad is None:
-        return None
-    rule, grad = site.rule, site.weight.grad
-    return (grad if rule.fold is None else Fold(*rule.fold).apply(grad, (rule.d_out, rule.d_in))).flatten(1).sum(1)

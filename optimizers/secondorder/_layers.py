@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from secondorder import _factors, linalg
 from secondorder import _layer_blocks as blocks
-from secondorder._layer_scale import loss_scale, loss_terms, references, unclipped
+from secondorder._layer_scale import applied, loss_scale, loss_terms, references, unclipped
 from secondorder._optimizer import Group, PreconditionedOptimizer
 from secondorder._options import LAYERS
 from secondorder._roles import unwrapped
@@ -31,6 +31,8 @@ from secondorder.layout.buckets import Bucket, factor_dtype
 from secondorder.layout.faces import Layout
 from secondorder.layout.plan import Flags
 from secondorder.preconditioner.protocol import Method
+from secondorder.sharding.frames import Frames, bases
+from secondorder.sharding.statistics import Reduction, mirrored
 
 _NO_MODULE = "no module= was given, so there are no layer statistics"
 _DETACHED = "the optimizer was copied or unpickled: call attach(module)"
@@ -42,21 +44,22 @@ class LayerOptimizer(PreconditionedOptimizer):
     """Base class of layer methods.
 
     Args beyond those of `PreconditionedOptimizer`:
-        process_group: Ranks over which raw sums are added up: those whose gradients are averaged. None: those of the
-            DDP wrapper that is given as module, or in whose forward pass the network is seen to run uncompiled; else
-            this process alone. With a loss that is a sum, DDP's average is that of a loss over the number of ranks:
-            multiply it back.
         grad_scaler: The `GradScaler` in use, where gradients are unscaled *and* clipped before the step; else the loss
             scale is found by comparing captured gradients with `p.grad`.
+
+    Raw sums are added up over the ranks whose gradients are averaged: those of `process_group`, of the plan where
+    parameters are sharded, of the DDP wrapper that is given as module or in whose forward pass the network is seen to
+    run uncompiled; else there is this process alone. With a loss that is a sum, DDP's average is that of a loss over
+    the number of ranks: multiply it back.
     """
 
     shared_options = LAYERS
     factors = _factors.factors
 
     def __init__(
-        self, params: Any, own: Mapping[str, Any], options: Mapping[str, Any], *, process_group: Any, grad_scaler: Any
+        self, params: Any, own: Mapping[str, Any], options: Mapping[str, Any], *, grad_scaler: Any
     ) -> None:
-        self._process_group, self._grad_scaler = process_group, grad_scaler
+        self._replicas, self._grad_scaler = None, grad_scaler
         self._capture: Capture | None = None
         self._release: Any = None
         self._reset(_NO_MODULE)
@@ -80,6 +83,8 @@ class LayerOptimizer(PreconditionedOptimizer):
         self._captured: set[Site] = set()
         self._fresh = True  # taps were set after the last forward pass that could have used them
         self._scaled: blocks.Scales | None = None  # what normalised this step's statistics
+        self._reduction: Reduction | None = None  # what travels where processes own blocks
+        self._frames: Frames | None = None
 
     # ------------------------------------------------------------------ the network
 
@@ -101,8 +106,7 @@ class LayerOptimizer(PreconditionedOptimizer):
             raise ValueError("module has none of the optimizer's parameters")
         if self._release is not None:
             self._release()
-        if self._process_group is None:
-            self._process_group = ranks
+        self._replicas = ranks
         trained_otherwise = self._why_detached == _NO_MODULE
         self._reset("")
         self._module = weakref.ref(module)
@@ -217,8 +221,9 @@ class LayerOptimizer(PreconditionedOptimizer):
 
     def _ranks(self) -> Any:
         """The process group over which sums are added up, or None."""
-        if self._process_group is not None or self._capture is None:
-            return self._process_group
+        given = self._sharing.process_group or self._layout.plan.group or self._replicas
+        if given is not None or self._capture is None:
+            return given
         return next((site.replicas for site in self._capture.sites if site.replicas is not None), None)
 
     # ------------------------------------------------------------------ the step
@@ -231,7 +236,7 @@ class LayerOptimizer(PreconditionedOptimizer):
                 self._follow()
                 self._layout.forget()
         before = self._layout.buckets
-        layout = self._layout.current(self.param_groups, self.state, self._adopt)
+        layout = self._layout.current(self.param_groups, self.state, self._adopt, self._arrange)
         if self._capture is not None and layout.buckets is not before:
             self._bind_frames(layout)
             self._tap_next(layout)
@@ -283,7 +288,7 @@ class LayerOptimizer(PreconditionedOptimizer):
             for p in (site.weight, site.bias):
                 uses = [] if p is None else [*self._capture.leads.get(id(p), ()), *self._capture.biases.get(id(p), ())]
                 if p is not None and all(use in missed for use in uses):
-                    self._uncaptured[p] = f"{site.name}: {_UNCAPTURED}"
+                    self._uncaptured[p] = f"{site.name}: {site.refused or _UNCAPTURED}"
         if missed:
             names = ", ".join(site.name for site in missed)
             warnings.warn(
@@ -317,23 +322,18 @@ class LayerOptimizer(PreconditionedOptimizer):
     def _statistics(self, layout: Layout, flags: Flags) -> Mapping[int, Sums]:
         if self._capture is None:
             return {}
-        totals = self._capture.totals(self._ranks())
+        at = {id(p): i for i, p in enumerate(layout.params)}
+        mine = applied([site for site in self._references if site.active], at, layout.plan, flags)
+        if self._reduction is not None:
+            totals, mine = self._reduction.totals(self._capture, mine)
+        else:
+            totals = self._capture.totals(self._ranks())
+            totals = mirrored(totals) if layout.plan.exact else totals
         self._captured.update(totals)
         out: dict[int, Sums] = {}
         if totals:
-            scales = self._scaled = self._scales(totals)
-            for i, (p, (_, _, t)) in enumerate(zip(layout.params, layout.treatments, strict=True)):
-                if t.fallback or t.follows is not None:
-                    continue
-                sites = self._capture.leads.get(id(p))
-                summed = blocks.weight_sums if sites else blocks.bias_sums
-                uses = sites or self._capture.biases[id(p)]
-                found = summed(uses, t, totals, scales)
-                if found is not None:
-                    found.scales["terms"] = scales.terms
-                    if self._capture.terms is None:
-                        found.rows = [totals[site]["rows"][0] for site in uses if site in totals]
-                    out[i] = found
+            self._scaled = self._scales(totals, mine)
+            out = blocks.all_sums(layout, self._capture, totals, self._scaled)
         self._hold_back(layout, flags, out)
         return out
 
@@ -348,7 +348,7 @@ class LayerOptimizer(PreconditionedOptimizer):
             if not t.fallback and lead not in sums and layout.clock[lead] == 0:
                 flags.leave_out(i)
 
-    def _scales(self, totals: blocks.Totals) -> blocks.Scales:
+    def _scales(self, totals: blocks.Totals, applied: Mapping[Site, Tensor]) -> blocks.Scales:
         assert self._capture is not None
         mean = self.param_groups[0]["loss_reduction"] == "mean"
         if self._capture.terms is not None:
@@ -365,8 +365,8 @@ class LayerOptimizer(PreconditionedOptimizer):
         # Gradients are averaged over ranks: a term counts 1/world there, whether the local loss is a mean or a sum.
         world = 1 if self._ranks() is None else torch.distributed.get_world_size(self._ranks())
         probes = {site: got["probe"][0] / world for site, got in found.items()}
-        scale = loss_scale(probes, self._grad_scaler)
-        return blocks.Scales(terms / (scale * world) ** 2, terms, (probes, scale))
+        scale = loss_scale(probes, applied, self._grad_scaler)
+        return blocks.Scales(terms / (scale * world) ** 2, terms, (probes, applied, scale))
 
     def _unclipped(self) -> Tensor | float:
         return 1.0 if self._scaled is None or self._scaled.probed is None else unclipped(*self._scaled.probed)
@@ -407,6 +407,8 @@ class LayerOptimizer(PreconditionedOptimizer):
         """Forget what was used."""
         if self._capture is not None:
             self._capture.finish()
+            if self._frames is not None:
+                self._frames.share_refreshed()
             self._fresh, self._scaled = False, None
             self._tap_next(layout)
 
@@ -475,26 +477,22 @@ class LayerOptimizer(PreconditionedOptimizer):
         super().__setstate__(state)
         if "_capture" not in self.__dict__:  # a copy: hooks stay with the original
             attached = self.__dict__.pop("_attached", False)
-            self._process_group, self._grad_scaler, self._capture, self._release = None, None, None, None
+            self._replicas, self._grad_scaler, self._capture, self._release = None, None, None, None
             self._reset(_DETACHED if attached else _NO_MODULE)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_attached": self._capture is not None or self._why_detached == _DETACHED}
 
     def _bind_frames(self, layout: Layout) -> None:
-        """Show the sites the eigenbases of their blocks."""
+        """Show the sites the eigenbases of their blocks; where others own blocks, lay out what travels for them."""
         assert self._capture is not None
-        by_param: dict[int, list[tuple[tuple[int, ...], dict[int, Tensor]]]] = {}
-        for b in layout.buckets:
-            if isinstance(b, Bucket) and "moment" in b.s:
-                columns = {i: b.columns()[f"basis_{i}"] for i in b.modes}
-                for r, piece in enumerate(b.pieces):
-                    bases = {i: q[r] if b.span else q[r][None] for i, q in columns.items()}
-                    by_param.setdefault(piece.index, []).append((piece.at, bases))
-        for i, p in enumerate(layout.params):
-            tiles = sorted(by_param.get(i, []), key=lambda tile: tile[0])
-            t = layout.treatments[i][2]
-            led = self._capture.leads.get(id(p))
-            for site in led or self._capture.biases.get(id(p)) or ():
-                if tiles and site.wants.moment and (led or site.weight is None or not site.weight.requires_grad):
-                    site.frames = blocks.frames(site, t, [bases for _, bases in tiles])
+        self._frames = self._reduction = None
+        plan: Any = layout.plan
+        if plan.group is None:
+            found = [b for b in layout.buckets if isinstance(b, Bucket) and "moment" in b.s]
+            blocks.bind_frames(layout, self._capture, (pair for b in found for pair in bases(b)))
+            return
+        self._reduction = Reduction(plan, layout.params[0].device, blocks.readers(layout, self._capture, plan.owner))
+        self._frames = Frames(plan, layout)
+        blocks.bind_frames(layout, self._capture, self._frames.bases())
+        self._frames.share_all()

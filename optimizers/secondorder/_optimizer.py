@@ -11,12 +11,13 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from secondorder import _diagnostics, _fisher_export, _reports
+from secondorder import _reports
+from secondorder._inspection import Inspection
 from secondorder._options import COMMON, FOREIGN_KEYS, KRONECKER, Option, expand_signature, resolve, validate
 from secondorder._roles import Label, labels
 from secondorder._step import Held, advance, commit, settle
@@ -27,13 +28,15 @@ from secondorder.layout.blocks import Treatment, elementwise_blocks, matrix_bloc
 from secondorder.layout.faces import Layout
 from secondorder.layout.plan import Flags, SinglePlan
 from secondorder.preconditioner.elementwise import AdamWMethod
-from secondorder.preconditioner.operators import KroneckerOperator
 from secondorder.preconditioner.protocol import Method
+from secondorder.sharding.choice import Sharing, chosen_plan, group_facts
+from secondorder.sharding.sync import attach_hook, clip_grad_norm_, warn_uneven
+from secondorder.sharding.tree import TreeSums
 
 Group = dict[str, Any]
 
 
-class PreconditionedOptimizer(torch.optim.Optimizer):
+class PreconditionedOptimizer(Inspection):
     """Base class: everything that a method shares with all others.
 
     Class attributes that a subclass sets:
@@ -43,6 +46,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     shared_options: ClassVar[Mapping[str, Option]] = KRONECKER
     own_options: ClassVar[Mapping[str, Option]] = {}
+    clip_grad_norm_ = clip_grad_norm_
+    _hook: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -66,6 +71,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         defaults = {**own, **resolved}
         validate(defaults, self._checks())
         module = defaults.pop("module")
+        self._sharing = Sharing(*(defaults.pop(name) for name in Sharing._fields))
         if isinstance(params, nn.Module):
             raise TypeError(f"params must be an iterable of tensors or groups, got a {type(params).__name__}: pass "
                             "its .parameters()")
@@ -73,8 +79,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             raise TypeError("params must be an iterable of tensors or groups, got one dict: pass a list of dicts")
         self._module = None if module is None else weakref.ref(module)
         self._labels: list[list[Label]] = []
-        self._layout, self._watch = Layout(SinglePlan()), Watch()
+        self._layout, self._watch, self._sums = Layout(SinglePlan()), Watch(), TreeSums(self._sharing.reproducible)
         super().__init__(params, defaults)
+        attach_hook(self, module)
 
     # ------------------------------------------------------------------ what a subclass says
 
@@ -131,7 +138,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Add a group, at any time: its parameters start with clocks of their own.
 
         Raises:
-            TypeError: For complex or distributed (DTensor) parameters, and what torch refuses.
+            TypeError: For complex parameters, and what torch refuses.
             ValueError: For a hyper-parameter that is not allowed.
         """
         if isinstance(param_group, dict):
@@ -149,6 +156,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             raise
         module = self._module() if self._module is not None else None
         self._labels.append(labels(group, len(self.param_groups) - 1, module))
+        self._sums.follow(group["params"])
 
     def _relabel(self) -> None:
         """Names and roles from the present module."""
@@ -169,7 +177,19 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return (self._fallback(group) if treatment.fallback else self._method(group)), treatment
 
     def _current(self) -> Layout:
-        return self._layout.current(self.param_groups, self.state, self._treat)
+        return self._layout.current(self.param_groups, self.state, self._treat, self._arrange)
+
+    def _chosen_plan(self, layout: Layout) -> Any:
+        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        return chosen_plan(layout.plan, params, self._sharing, self._hook)
+
+    def _arrange(self, layout: Layout) -> None:
+        """Give the layout its plan, and let the processes compare what they have."""
+        layout.plan = self._chosen_plan(layout)
+        groups = enumerate(self.param_groups)
+        names = {id(p): self._label(gi, i).name for gi, g in groups for i, p in enumerate(g["params"])}
+        facts = group_facts(self.param_groups, self._sharing)
+        layout.plan.meet(type(self).__name__, layout.params, [names[id(p)] for p in layout.params], facts)
 
     # ------------------------------------------------------------------ the step
 
@@ -198,6 +218,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         layout = self._current()
+        self._sums.forget()
         if layout.params:
             with _full_precision(layout):
                 self._update(layout)
@@ -209,24 +230,32 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"{type(self).__name__} does not support sparse gradients, please consider torch.optim.SparseAdam"
                 )
-        flags = layout.plan.flags(layout.params)
-        if not any(flags.present) or self._is_empty(flags):
+        plan = layout.plan
+        flags = plan.flags(layout.params, self._groups())
+        if not flags.differ and (not any(flags.present) or self._is_empty(flags)):
+            plan.finish([], flags, self._groups(), [])
             return
         flags.sums = self._statistics(layout, flags)
         present = flags.present
         if any(g["on_nonfinite"] == "raise" for g in self.param_groups):
             self._raise_if_refused(layout, flags)
+        if flags.differ:
+            plan.finish([], flags, self._groups(), [])
+            layout.count_refused(flags)
+            self._warn(layout, wait=False)
+            return
         calls = [int(t) + here for t, here in zip(layout.clock.tolist(), present, strict=True)]
-        how = (layout.plan, layout.params, flags, self._groups(), calls)
+        stored, groups = [plan.local(p) for p in layout.params], self._groups()
+        how = (plan, stored, flags, groups, calls)
         before = self._watch.before(layout.params, max(calls))
         held = advance([b for b in layout.buckets if b.held], *how)
         self._before_settling(layout, held, max(calls))
-        settle(held)
+        settle(held, layout, groups)
         self._before_commit(held)
         # No parameter has changed yet: up to here, the graph of a forward pass can be gone through again.
         advance([b for b in layout.buckets if not b.held], *how)
-        commit(held, layout.plan, layout.params, flags)
-        layout.plan.finish()
+        commit(held, plan, stored, flags)
+        plan.finish(stored, flags, groups, calls)
         if self._watch.every:
             self._watch.after(layout, flags, self.param_groups, before, self._unclipped, self._spectrum)
         layout.tick(present)
@@ -240,18 +269,27 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         Only with lr 0 is the device asked; a learning rate that lives on a device is not.
         """
         for g in self.param_groups:
-            if isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu":
-                return False
-            if g["lr"] != 0:
+            if (isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu") or g["lr"] != 0:
                 return False
         return flags.gradient_norm is not None and flags.gradient_norm.item() == 0
 
     def _raise_if_refused(self, layout: Layout, flags: Flags) -> None:
         if all(bool(ok) for ok in flags.ok.values()):
             return
+        end = "State and parameters are unchanged."
+        if flags.differ:
+            raise RuntimeError(
+                f"{type(self).__name__}: the processes differ in which parameters have gradients, or in lr or "
+                f"weight_decay. {end}"
+            )
         bad = []
         for members, usable, norms in flags.norms:
             bad += [(i, float(n)) for i, u, n in zip(members, usable.tolist(), norms.tolist(), strict=True) if not u]
+        if not bad:
+            raise RuntimeError(
+                f"{type(self).__name__}: another process has a gradient that is not finite or too large, and says "
+                f"which. {end}"
+            )
         where = {}
         for gi, g in enumerate(self.param_groups):
             where.update({id(p): self._label(gi, pi).name for pi, p in enumerate(g["params"])})
@@ -259,7 +297,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         raise RuntimeError(
             f"{type(self).__name__}: {len(bad)} parameters have gradients that are not finite or too large; the first "
             f"is {where[id(layout.params[first])]} of shape {tuple(layout.params[first].shape)}, with "
-            f"gradient norm {norm}. State and parameters are unchanged."
+            f"gradient norm {norm}. {end}"
         )
 
     def _warn(self, layout: Layout, wait: bool) -> None:
@@ -268,6 +306,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             if count and kind not in layout.warned:
                 layout.warned.add(kind)
                 warnings.warn(f"{type(self).__name__}: {_reports.FAILURES[kind]} (see diagnostics())", stacklevel=4)
+        warn_uneven(self, wait)
 
     # ------------------------------------------------------------------ state
 
@@ -285,20 +324,29 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Load what `state_dict` saved. Dtypes stay ours, values are copied, devices follow the parameters.
 
         Raises:
-            ValueError: Where the dict does not fit; nothing has changed then.
+            ValueError: Where the dict does not fit, on this process or on another that shares the blocks; nothing has
+                changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        groups = checkpoint.merged_groups(state_dict, self.param_groups, self.defaults)
-        for group in groups:
-            validate(group, self._checks())
-        with self._expecting(checkpoint.by_parameter(state_dict, groups)):
-            fits = Layout.ghost(self._layout.plan, groups, self._treat)
-            checkpoint.check(state_dict, groups, fits)
-            state = checkpoint.adoptable(state_dict, groups, fits)
+        if self._chosen_plan(self._layout).group is not None:
+            with torch.no_grad():
+                self._current()  # who owns what
+        fault: Exception | None = None
+        try:
+            groups = checkpoint.merged_groups(state_dict, self.param_groups, self.defaults)
+            for group in groups:
+                validate(group, self._checks())
+            with self._expecting(checkpoint.by_parameter(state_dict, groups)):
+                fits = Layout.ghost(self._layout.plan, groups, self._treat)
+                checkpoint.check(state_dict, groups, fits)
+                state = checkpoint.adoptable(state_dict, groups, fits)
+        except Exception as error:
+            fault = error
+        self._layout.plan.agree(fault)
         self._layout.forget()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._current()
@@ -308,129 +356,16 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Views would drag their whole stack into a pickle, each of them.
         state = {p: _detached(entries) for p, entries in self.state.items()}
-        return {**super().__getstate__(), "state": defaultdict(dict, state), "_labels": self._labels}
+        sharing = self._sharing._replace(process_group=None, sync="ddp")
+        kept = {"state": defaultdict(dict, state), "_labels": self._labels, "_sharing": sharing}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_layout" not in self.__dict__:
-            self._layout, self._watch = Layout(SinglePlan()), Watch()
+            self._layout, self._watch, self._sums = Layout(SinglePlan()), Watch(), TreeSums(self._sharing.reproducible)
+            self._sums.follow(p for g in self.param_groups for p in g["params"])
             self._module = None
-
-    # ------------------------------------------------------------------ looking inside
-
-    def coverage(self) -> _reports.Coverage:
-        """Which parameter is treated how, and why; printable."""
-        return _reports.coverage(self)
-
-    def memory_report(self) -> _reports.MemoryReport:
-        """What state and workspaces cost in bytes, per parameter and in all; works before the first step."""
-        return _reports.memory_report(self)
-
-    @torch.no_grad()
-    def diagnostics(self, full: bool = False) -> dict[str, float]:
-        """A flat dict of numbers, ready to be logged; waits for the device. nan for what is on the meta device.
-
-        Of the whole, and of every bucket (all blocks of one shape in one group) as `bucket/group0.256x128/...`. What is
-        marked * is told of the whole alone, + of buckets alone.
-
-            parameters*, preconditioned_blocks*, fallback_parameters*, blocks+, elements+: how many
-            state_bytes, workspace_bytes*: memory
-            refused_steps*: steps that were skipped, because gradients were not finite or too large
-            refresh_failures: refreshes and statistics that were refused; a factor kept its last good value
-            waiting_blocks* (waiting+): blocks without any update yet
-            skipped_updates_max: most calls in which a parameter had a gradient and a block of it took no update
-            steps_since_refresh_max: age of the oldest basis or root
-            average_weight_min: least 1 - β^t of averages of t statistics; near 1 the start is forgotten
-            gradient_norm: of the last step
-            clipped_share: blocks whose last update `max_update_rms` scaled down
-            norm_clip_factor*, kl_clip_factor*: by what the last step was scaled down as a whole
-
-        Where `track` measured:
-
-            parameter_norm, update_norm, update_ratio, cosine: of the step, and of it with the gradient's descent
-
-        and of layer methods, a sample being a row of a layer's statistics (for the whole: of that with the fewest):
-
-            sample_gradient_norm: root mean square over samples
-            gradient_variance: of one sample's gradient, summed over its entries
-            signal_to_noise: squared length of the mean gradient over the variance of its estimate by this batch
-            batch_size_hint*: samples at which the two are equal (the simple noise scale), averaged over measurements
-
-        These are exact for EKFAC where every sample has one row, or `sharing` is `"reduce"`, and gradients were clipped
-        by their common norm if at all. KFAC's take lengths of inputs and of output gradients for uncorrelated.
-
-        Args:
-            full: Look at the factors' eigenvalues too, which may cost as much as refreshing them all:
-
-                condition_max*, condition_median* (condition_i+: of mode i): condition numbers
-                effective_rank_min* (effective_rank_i+): exponential of the eigenvalues' entropy
-                damping_share: 0 undamped, 1 gradient descent
-                curvature_top_1* to curvature_top_5*: largest eigenvalues of the curvature that is held, block by block
-
-                With `fisher_backward` the last are estimates of the generalised Gauss-Newton matrix's. EKFAC's are
-                averages of that matrix's values along single directions, which never exceed its largest eigenvalue.
-        """
-        layout = self._current()
-        self._warn(layout, wait=True)
-        return _diagnostics.diagnostics(layout, self._groups(), self._watch, full)
-
-    def track(self, every: int = 1) -> None:
-        """Measure what steps do, for `diagnostics()`: how far parameters move, and how far samples' gradients differ.
-
-        Nothing waits for the device, and no step is changed. A measured step holds a copy of the parameters and reads
-        parameters, gradients and copies once more.
-
-        Args:
-            every: Measure every so many steps; 0: none. Default: 1.
-
-        Raises:
-            ValueError: If it is no whole number >= 0.
-        """
-        if not isinstance(every, int) or every < 0:
-            raise ValueError(f"every must be a whole number >= 0, got {every!r}")
-        self._watch.every = int(every)
-
-    @torch.no_grad()
-    def fisher(
-        self, kind: Literal["diag", "kronecker"] = "diag", batch_size: float | None = None
-    ) -> dict[str, Any]:
-        """The Fisher information that the state has gathered, without another pass over the data.
-
-        Copies in the state's dtype; averages are debiased; zero where nothing was observed yet. Their scale is that of
-        the state, if `batch_size` is not given. Layer methods: squares of gradients of single loss terms, averaged
-        (`loss_reduction="sum"`: summed over a batch). Others, and what the fallback trains (see `coverage()`): squares
-        of the gradients that steps saw; times the option `batch_size`, where a method has it. Methods that learn their
-        damping with the factors (`SINGD`, `SIRFShampoo` and their like) cannot take it out again.
-
-        Args:
-            kind: `"diag"` or `"kronecker"`. Default: `"diag"`.
-            batch_size: Loss terms (samples, tokens) of a step, over all processes and accumulated passes. Everything is
-                brought to the scale of single terms of a mean loss then: what is not is multiplied by it (divided,
-                where the loss is a sum). Of squares of steps' gradients that makes the Fisher matrix as far as those
-                gradients are noise. Default: None.
-
-        Returns:
-            `"diag"`: by name of every trained parameter, a tensor of its shape.
-            `"kronecker"`: by name of every parameter with factors, a dict that says which blocks of the parameter they
-            belong to: the keys `parameters`, `shape`, `view`, `fold`, `batched`, `bias_column` and `blocks` that
-            `KFAC.factors()` documents. Every block has a `region` and `factors`: for each axis `(d, d)`, `(d,)` for a
-            diagonal or None for the identity. Its Fisher matrix, flattened row by row, is `F_0 ⊗ F_1 ⊗ ...`; a block's
-            factors are scaled alike, so that this has the trace that `curvature(p)` has there.
-
-        Raises:
-            ValueError: If `kind` is another word, or the state holds nothing of this kind; if `batch_size` is not > 0.
-        """
-        return _fisher_export.fisher(self, kind, batch_size)
-
-    @torch.no_grad()
-    def curvature(self, p: Tensor) -> KroneckerOperator:
-        """The curvature that the state of `p` holds, as a linear operator on `p`'s space."""
-        return _reports.operator(self._current(), self._groups(), p, "curvature")
-
-    @torch.no_grad()
-    def preconditioner(self, p: Tensor) -> KroneckerOperator:
-        """What is applied to the gradient (or momentum) of `p`, as a linear operator on `p`'s space."""
-        return _reports.operator(self._current(), self._groups(), p, "preconditioner")
 
 
 class ElementwiseOptimizer(PreconditionedOptimizer):
@@ -446,8 +381,6 @@ def _refuse(name: str, p: Tensor) -> None:
     """Refuse parameters that no method of the suite can take."""
     if p.is_complex():
         raise TypeError(f"{name} does not support complex parameters: optimize torch.view_as_real of them")
-    if any(base.__name__ == "DTensor" for base in type(p).__mro__):
-        raise TypeError(f"{name} does not support DTensor parameters (FSDP2, tensor parallelism) yet")
 
 
 def _detached(value: Any) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from secondorder.preconditioner.protocol import FACTOR_DTYPES
@@ -34,6 +35,10 @@ class CommonOptions(TypedDict, total=False):
     maximize: bool
     max_update_rms: float | None
     on_nonfinite: Literal["skip", "raise"]
+    sharding: Literal["auto", "owners"]
+    reproducible: bool
+    process_group: Any
+    sync: Literal["ddp", "owner_hook"]
     module: nn.Module | None
 
 
@@ -157,6 +162,39 @@ COMMON: dict[str, Option] = {
         *one_of("skip", "raise"),
         "what becomes of a step with a gradient that is not finite or too large for a Gram matrix: leave state and "
         "parameters as they are and count it, or raise RuntimeError (which waits for the device in every step).",
+    ),
+    "sharding": Option(
+        "auto",
+        *one_of("auto", "owners"),
+        "\"owners\": a block's factors are kept and refreshed by one process alone; all processes must take part in "
+        'every step, state_dict() and load. "auto": so for DTensor parameters (FSDP2, HSDP, tensor parallel), while '
+        "plain ones are every process's own.",
+    ),
+    "reproducible": Option(
+        False,
+        "True or False",
+        is_bool,
+        "the same bits for every number of processes and every sharding, given the same gradients. Gradients are the "
+        "same if a batch is cut into V equal micro-batches of which process r of W computes those from rV/W to "
+        "(r+1)V/W - 1 in this order, V and W powers of two, with a loss divided by V/W: in one process, under DDP with "
+        "sync=\"owner_hook\", and, where W and V/W are at most 2, under FSDP2. All devices must be of one type, with "
+        "one number of threads; clipping by norms is not covered. Costs the fused kernel of the fallback, and "
+        "log2(V/W) more gradients.",
+    ),
+    "process_group": Option(
+        None,
+        "None or a torch.distributed.ProcessGroup",
+        lambda v: v is None or (torch.distributed.is_available() and isinstance(v, torch.distributed.ProcessGroup)),
+        "the processes that share the blocks, and over which statistics are added up; None: those of the parameters' "
+        "mesh or of the DDP module, else all.",
+    ),
+    "sync": Option(
+        "ddp",
+        *one_of("ddp", "owner_hook"),
+        "how gradients of DDP come to the owners: averaged everywhere by DDP, or, with sharding=\"owners\" and the DDP "
+        "module as `module`, straight to the owners by its communication hook, so that a step sends no more than DDP "
+        "alone. Before step() `p.grad` then holds the average only where this process owns it, else zero: clip with "
+        "the optimizer's clip_grad_norm_, and use no GradScaler, whose processes would skip steps one by one.",
     ),
     "module": Option(
         None,

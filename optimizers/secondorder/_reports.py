@@ -17,7 +17,7 @@ from secondorder.preconditioner.operators import EigenBlock, KroneckerOperator
 from secondorder.preconditioner.protocol import Context
 
 if TYPE_CHECKING:
-    from secondorder._optimizer import PreconditionedOptimizer
+    from secondorder._inspection import Inspection
 
 Group = dict[str, Any]
 
@@ -65,8 +65,8 @@ class Coverage:
         return _table(("parameter", "shape", "treatment", "blocks", "reason"), cells)
 
 
-def coverage(optimizer: PreconditionedOptimizer) -> Coverage:
-    """See `PreconditionedOptimizer.coverage`."""
+def coverage(optimizer: Inspection) -> Coverage:
+    """See `Inspection.coverage`."""
     rows = []
     for gi, group in enumerate(optimizer.param_groups):
         for pi, p in enumerate(group["params"]):
@@ -117,8 +117,8 @@ class MemoryReport:
         return _table(("parameter", "shape", "bytes"), cells) + "\n" + last
 
 
-def memory_report(optimizer: PreconditionedOptimizer) -> MemoryReport:
-    """See `PreconditionedOptimizer.memory_report`. Counts a layout of empty parameters: nothing is allocated."""
+def memory_report(optimizer: Inspection) -> MemoryReport:
+    """See `Inspection.memory_report`. Counts a layout of empty parameters: nothing is allocated."""
     ghost = Layout.ghost(optimizer._layout.plan, optimizer.param_groups, optimizer._treat)
     names = {}
     for gi, group in enumerate(optimizer.param_groups):

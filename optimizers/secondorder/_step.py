@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from secondorder.layout.buckets import BaseBucket, Bucket, FlatBucket, Part
+from secondorder.layout.buckets import BaseBucket, Bucket, FlatBucket, Part, wide_dtype
+from secondorder.layout.faces import Layout
 from secondorder.layout.plan import Flags, Plan, smallest_norm
 from secondorder.layout.schedule import RefreshPart, plan_step
 from secondorder.linalg import known
@@ -43,6 +44,9 @@ def hyperparameters(b: BaseBucket, group: Group) -> Group:
     return {**group, "betas": betas, "lr": lr * group["fallback_lr_scale"], "max_update_rms": None}
 
 
+_TOGETHER: tuple[Literal["norm_clip", "kl_clip"], ...] = ("norm_clip", "kl_clip")
+
+
 @dataclass
 class Held:
     """A bucket whose direction waits in its workspace to be settled.
@@ -52,14 +56,14 @@ class Held:
         hp: Its hyper-parameters.
         rows: Pieces (of a flat bucket: rows) to be written.
         taken: `(n,)`, 1 in rows that take part in this step, else 0.
-        slope: 0-d, inner product of the direction and the (averaged) gradient that it is made of.
+        slopes: `(n,)`, inner product of the direction and the (averaged) gradient that it is made of, float64.
     """
 
     bucket: BaseBucket
     hp: Group
     rows: list[int]
     taken: Tensor
-    slope: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 def advance(
@@ -93,18 +97,18 @@ def advance(
         if b.held:
             held.append(found)
         else:
-            settle([found])
+            _settle(found, plan)
             commit([found], plan, params, flags)
     return held
 
 
-def settle(held: Sequence[Held]) -> None:
+def settle(held: Sequence[Held], layout: Layout, groups: Sequence[Group]) -> None:
     """From directions to updates, which stay in the workspaces."""
-    clipped = [h for h in held if h.slope is not None]
-    _clip_together([h for h in clipped if h.hp["norm_clip"] is not None], "norm_clip")
-    _clip_together([h for h in clipped if h.hp["kl_clip"] is not None], "kl_clip")
+    for name in _TOGETHER:
+        if any(group.get(name) is not None for group in groups):
+            _clip_together([h for h in held if h.hp[name] is not None], name, layout)
     for h in held:
-        _settle(h)
+        _settle(h, layout.plan)
 
 
 def commit(held: Sequence[Held], plan: Plan, params: Sequence[Tensor], flags: Flags) -> None:
@@ -113,35 +117,39 @@ def commit(held: Sequence[Held], plan: Plan, params: Sequence[Tensor], flags: Fl
         plan.commit(h.bucket, params, flags, h.hp, h.rows)
 
 
-def _clip_together(held: Sequence[Held], name: Literal["norm_clip", "kl_clip"]) -> None:
+def _clip_together(held: Sequence[Held], name: Literal["norm_clip", "kl_clip"], layout: Layout) -> None:
     """Scale down all directions by what they have in common.
 
     `<P m, m>` is the squared length of the direction in the curvature's own metric; times lr², to second order, twice
     the divergence KL(p_old || p_new) of a step along it.
     """
-    if not held:
-        return
-    first, stretched = held[0].bucket.device, name == "kl_clip"
-    slopes = [h.slope.to(first) * (h.hp["lr"] ** 2 if stretched else 1.0) for h in held if h.slope is not None]
-    total = torch.stack([slope.double() for slope in slopes]).sum().abs()
+    stretched = name == "kl_clip"
+    # In the order of the blocks, whoever owns them: the sum has the same bits for every number of processes.
+    device = layout.params[0].device
+    slopes = torch.zeros(layout.rows, dtype=wide_dtype(device), device=device)
+    for h in held:
+        assert h.slopes is not None and isinstance(h.bucket, Bucket)
+        found = h.slopes * (h.hp["lr"] ** 2 if stretched else 1.0)
+        slopes[h.bucket.places.to(device)] = found.to(slopes)
+    total = layout.plan.merge(slopes).sum().abs()
     for h in held:
         limit = h.hp["kl_clip"] if stretched else h.hp["norm_clip"] ** 2
         factor = (limit / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt().clamp_max(1.0)
         h.bucket.told[name] = factor
         update = h.bucket.work["update"]
         update.mul_(factor.to(update.device, update.dtype))
-        if h.slope is not None:
-            h.slope = h.slope * factor.to(h.slope.device, h.slope.dtype) ** 2
+        if h.slopes is not None:
+            h.slopes = h.slopes * factor.to(h.slopes.device) ** 2
 
 
-def _settle(h: Held) -> None:
+def _settle(h: Held, plan: Plan) -> None:
     """Coupled decay, momentum after the factor, update clip."""
     b, hp, update = h.bucket, h.hp, h.bucket.work["update"]
     if hp["weight_decay_kind"] == "coupled" and hp["weight_decay"] != 0:
         update.add_(torch.where(b.expand(h.taken, update) > 0, b.work["param"], 0.0), alpha=hp["weight_decay"])
     if b.method.momentum == "update":
         update.copy_(_heavy_ball(b.s["momentum"], update, b.expand(h.taken, update) > 0, hp))
-    _clip(b, hp)
+    _clip(b, hp, plan)
 
 
 def _advance(b: Bucket, flags: Flags, hp: Group, calls: Sequence[int]) -> Held:
@@ -189,7 +197,7 @@ def _advance(b: Bucket, flags: Flags, hp: Group, calls: Sequence[int]) -> Held:
                     flag[rows.part] *= screened[1].to(flag.dtype)
     observe(schedule.early)
     refresh(schedule.early_refresh)
-    slope = x["grad"].new_zeros(())
+    slopes = torch.zeros(b.rows, dtype=wide_dtype(b.device), device=b.device) if b.held else None
     if b.held:
         x["update"].zero_()
     for rows in parts(schedule.apply):
@@ -197,11 +205,11 @@ def _advance(b: Bucket, flags: Flags, hp: Group, calls: Sequence[int]) -> Held:
         taken[rows.part] = rows.c.gate
         update, moment = _direction(b, rows.s, rows.x, rows.c)
         rows.put_update(update)
-        if b.held:
-            slope = slope + (update * moment).sum()
+        if slopes is not None:
+            slopes[rows.part] = (update * moment).flatten(1).sum(1, dtype=slopes.dtype)
     observe(schedule.late)
     refresh(schedule.late_refresh)
-    return Held(b, hp, schedule.written, taken, slope if b.held else None)
+    return Held(b, hp, schedule.written, taken, slopes)
 
 
 class _Rows:
@@ -251,12 +259,12 @@ def _heavy_ball(m: Tensor, new: Tensor, taken: Tensor, hp: Group) -> Tensor:
     return torch.where(taken, new + beta * m if hp.get("nesterov") else m, 0.0)
 
 
-def _clip(b: BaseBucket, hp: Group) -> None:
+def _clip(b: BaseBucket, hp: Group, plan: Plan) -> None:
     """Scale down each row's update to at most `max_update_rms`."""
     limit = hp["max_update_rms"]
     if limit is not None:
         update = b.work["update"]
-        rms = b.norms(update) / b.row_numel() ** 0.5
+        rms = plan.rms(b, update)
         b.told["clip"] = (limit / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_max(1.0)
         update.mul_(b.expand(b.told["clip"], update))
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from secondorder.curvature.layer import Sums
 from secondorder.layout.buckets import BaseBucket, Bucket
 from secondorder.layout.faces import Layout
-from secondorder.layout.plan import Flags
+from secondorder.layout.plan import Flags, is_distributed
 
 TOP = 5  # largest eigenvalues that are told
 _KEEP = 0.9  # of the averages of v and s: single batches estimate s so badly that it may be negative
@@ -75,7 +75,7 @@ class Watch:
 
     def before(self, params: Sequence[Tensor], call: int) -> list[Tensor] | None:
         """Copies of the parameters, if this call (from 1) is measured."""
-        if not self.every or call % self.every:
+        if not self.every or call % self.every or any(map(is_distributed, params)):
             return None
         self._wanted = True
         return [p.detach().clone() for p in params]
@@ -106,7 +106,7 @@ class Watch:
                 if any(flags.grads[strand.index] is not None for _, strand in b.strands):
                     sign = 1 if groups[b.group]["maximize"] else -1
                     self.moved[name] = _movement(b, before, layout.params, flags.grads, sign)
-        if self._wanted and flags.sums:
+        if self._wanted and flags.sums and not any(map(is_distributed, layout.params)):
             self._wanted, self.spread = False, {}
             found, factor = spectrum() if self.samples else None, unclipped()
             self.top = None if found is None else found.sort(descending=True).values[:TOP]

@@ -53,14 +53,12 @@ class KFAC(AdaptiveLayerOptimizer):
         weight_decay: Strength of weight decay. Default: 0.01.
         refresh_by: `"eigh"` (a full decomposition) or `"qr"` (one power iteration from the last basis).
             Default: `"eigh"`.
-        process_group: Ranks over which statistics are added up; None: those of the DDP module given as `module`, or in
-            which it runs. Default: None.
         grad_scaler: The `GradScaler` in use, needed only where gradients are unscaled and clipped before the step.
             Default: None.
         **options: See below.
 
     Raises:
-        TypeError: For an unknown option, or parameters that are complex or DTensors.
+        TypeError: For an unknown option, or parameters that are complex.
         ValueError: For a value that is not allowed.
     """
 
@@ -82,13 +80,12 @@ class KFAC(AdaptiveLayerOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         refresh_by: Literal["eigh", "qr"] = "eigh",
-        process_group: Any = None,
         grad_scaler: Any = None,
         **options: Unpack[LayerOptions],
     ) -> None:
         own = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         own.update(damping=damping, damping_kind=damping_kind, refresh_by=refresh_by)
-        super().__init__(params, own, options, process_group=process_group, grad_scaler=grad_scaler)
+        super().__init__(params, own, options, grad_scaler=grad_scaler)
 
     def _method(self, group: dict[str, Any]) -> Method:
         return LayerKronecker(LayerStatistic(), LayerBasis(), DampedSpectrum(), momentum=averaged(group))

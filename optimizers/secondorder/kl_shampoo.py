@@ -57,7 +57,7 @@ class KLShampoo(PreconditionedOptimizer):
         **options: See below.
 
     Raises:
-        TypeError: For an unknown option, or parameters that are complex or DTensors.
+        TypeError: For an unknown option, or parameters that are complex.
         ValueError: For a value that is not allowed.
     """
 

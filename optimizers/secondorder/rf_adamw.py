@@ -53,7 +53,7 @@ class RFAdamW(BatchCounting, ElementwiseOptimizer):
         **options: See below.
 
     Raises:
-        TypeError: For an unknown option, or parameters that are complex or DTensors.
+        TypeError: For an unknown option, or parameters that are complex.
         ValueError: For a value that is not allowed.
     """
 

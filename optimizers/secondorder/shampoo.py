@@ -81,7 +81,7 @@ class Shampoo(PreconditionedOptimizer):
         **options: See below.
 
     Raises:
-        TypeError: For an unknown option, or parameters that are complex or DTensors.
+        TypeError: For an unknown option, or parameters that are complex.
         ValueError: For a value that is not allowed.
     """
 

@@ -82,12 +82,11 @@ class SINGD(LayerOptimizer):
             "float32".
         eps: Added to the root of the second moment in the fallback. Default: 1e-8.
         weight_decay: Strength of weight decay. Default: 0.01.
-        process_group: Ranks over which statistics are summed; None: those of DDP, where the network is wrapped.
         grad_scaler: The `GradScaler` in use, where gradients are unscaled and clipped before the step.
         **options: See below.
 
     Raises:
-        TypeError: For an unknown option, or parameters that are complex or DTensors.
+        TypeError: For an unknown option, or parameters that are complex.
         ValueError: For a value that is not allowed.
     """
 
@@ -116,14 +115,13 @@ class SINGD(LayerOptimizer):
         factor_dtype: Literal["float32", "bfloat16"] = "float32",
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        process_group: Any = None,
         grad_scaler: Any = None,
         **options: Unpack[LayerOptions],
     ) -> None:
         own = dict(lr=lr, betas=betas, factor_rate=factor_rate, factor_momentum=factor_momentum, structures=structures)
         own.update(damping=damping, damping_kind=damping_kind, factor_dtype=factor_dtype)
         own.update(eps=eps, weight_decay=weight_decay)
-        super().__init__(params, own, options, process_group=process_group, grad_scaler=grad_scaler)
+        super().__init__(params, own, options, grad_scaler=grad_scaler)
 
     def _method(self, group: dict[str, Any]) -> Method:
         inputs, outputs = (structure(name) for name in group["structures"])

@@ -92,7 +92,7 @@ class SIRFShampoo(BatchCounting):
         **options: See below.
 
     Raises:
-        TypeError: For an unknown option, or parameters that are complex or DTensors.
+        TypeError: For an unknown option, or parameters that are complex.
         ValueError: For a value that is not allowed.
     """
 

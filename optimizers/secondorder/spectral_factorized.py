@@ -60,7 +60,7 @@ class SpectralFactorized(BatchCounting):
         **options: See below.
 
     Raises:
-        TypeError: For an unknown option, or parameters that are complex or DTensors.
+        TypeError: For an unknown option, or parameters that are complex.
         ValueError: For a value that is not allowed.
     """
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import cases
 import secondorder
+from secondorder.sharding.choice import Sharing
 from cases import parameters
 
 # torch's own tests construct with `params=None` and expect the complaint about the hyper-parameter.
@@ -32,7 +33,7 @@ BAD_VALUES = [
     (dict(weight_decay=math.nan), "Invalid weight_decay value: nan"),
 ]
 
-OBJECTS = ("module", "process_group", "grad_scaler")  # arguments that are no value of a group
+OBJECTS = ("module", "grad_scaler", *Sharing._fields)  # arguments that are no value of a group
 
 
 def options(cls):

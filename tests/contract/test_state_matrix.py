@@ -367,10 +367,11 @@ class HalfPlan(SinglePlan):
     """What one of two owners does: every second block of a parameter, updates to those alone."""
 
     def __init__(self, rank):
+        super().__init__()
         self.rank = rank
 
-    def own(self, pieces):
-        return pieces[self.rank :: 2]
+    def own(self, candidates):
+        return candidates[self.rank :: 2]
 
 
 def test_two_owners_of_one_parameter_save_what_one_process_would(tmp_path):

@@ -181,19 +181,6 @@ class TestGradients:
             optimizer.step()
         assert_same_bits(model.parameters(), before)
 
-    def test_dtensor_parameters_are_refused_in_words(self, case, tmp_path):
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import distribute_tensor
-
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
-            p = nn.Parameter(distribute_tensor(torch.randn(4, 3), init_device_mesh("cpu", (1,))))
-            with pytest.raises(TypeError, match=f"{case.cls.__name__}.*DTensor"):
-                case.make([p])
-        finally:
-            dist.destroy_process_group()
-
     def test_scale_of_a_loss_is_undone_by_the_scaler(self, case):
         """A power of two is exact: the run with a scaler equals the one without, and its skipped step never was."""
         results = []

@@ -68,7 +68,7 @@ class PeerKFAC(LayerOptimizer):
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.register_forward_hook(self._measure)
-        super().__init__(model.parameters(), own, options, process_group=None, grad_scaler=None)
+        super().__init__(model.parameters(), own, options, grad_scaler=None)
 
     def _measure(self, layer: nn.Module, args: Any, out: Tensor) -> None:
         self.areas[id(layer.weight)] = out.shape[2:].numel()

@@ -108,7 +108,7 @@ class PeerSINGD(LayerOptimizer):
         options.update(max_block_size=None, weight_decay_kind="coupled", momentum="update", norm_clip=None)
         options.update(nesterov=False)
         self.named, self.hyper = structures, hyper
-        super().__init__(model.parameters(), own, options, process_group=None, grad_scaler=None)
+        super().__init__(model.parameters(), own, options, grad_scaler=None)
 
     def _method(self, group: dict[str, Any]) -> Method:
         inputs, outputs = (structure(name) for name in self.named)

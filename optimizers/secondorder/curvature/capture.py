@@ -19,7 +19,9 @@ from torch.nn.parameter import is_lazy
 from secondorder.curvature.layers.attention import DecomposedMultiheadAttention
 from secondorder.curvature.layers.registry import kind_of
 from secondorder.curvature.samples import gram, same_examples
-from secondorder.curvature.site import Site, Wants
+from secondorder.curvature.site import Site, Wants, is_distributed
+
+_TENSOR_PARALLEL = "tensor-parallel: a process has a part of each row, or of the rows of each sample"
 
 
 class Capture:
@@ -48,11 +50,17 @@ class Capture:
         found: list[Site] = []
         self.reasons: dict[int, str] = {}
         known = {(site.module(), site.rule): site for site in self.sites}
+        sharded = _fully_sharded(module) if module is not None else set()
         for name, layer in module.named_modules() if module is not None else ():
             held = {key: p for key, p in layer._parameters.items() if p is not None}
             if not held:
                 continue
-            found_kind = "not initialised yet" if any(map(is_lazy, held.values())) else kind_of(layer)
+            if any(map(is_lazy, held.values())):
+                found_kind: Any = "not initialised yet"
+            elif any(_shards(p) > (layer in sharded) for p in held.values()):
+                found_kind = _TENSOR_PARALLEL
+            else:
+                found_kind = kind_of(layer)
             if isinstance(found_kind, str):
                 for p in held.values():
                     self.reasons.setdefault(id(p), found_kind)
@@ -90,6 +98,8 @@ class Capture:
             else:
                 # First: what other hooks make of an output is not the layer's any more.
                 self._handles.append(module.register_forward_hook(site, prepend=True, with_kwargs=True))
+            trained = [p for p in (site.weight, site.bias) if p is not None and p.requires_grad and is_distributed(p)]
+            self._handles += [p.register_post_accumulate_grad_hook(site.arrive) for p in trained]
 
     def release(self) -> None:
         """Take all hooks away."""
@@ -218,6 +228,17 @@ class AttentionTap:
         module = self.site.module()
         if module is not None and module.__dict__.get("tap") is self:
             del module.tap
+
+
+def _fully_sharded(module: nn.Module) -> set[nn.Module]:
+    """Modules whose parameters FSDP2 makes whole for their forward passes."""
+    roots = [m for m in module.modules() if any(base.__name__ == "FSDPModule" for base in type(m).__mro__)]
+    return {m for root in roots for m in root.modules()}
+
+
+def _shards(p: Tensor) -> int:
+    """Along how many axes of the mesh a parameter is split."""
+    return sum(getattr(placement, "dim", None) is not None for placement in getattr(p, "placements", ()))
 
 
 def all_reduced(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:

@@ -16,6 +16,7 @@ from secondorder.curvature.samples import Kept, keep
 from secondorder.curvature.tap import leaf, make_tap
 
 Frames = Sequence[tuple[Tensor | None, Tensor | None]]
+_TENSOR_PARALLEL = "its output is distributed (tensor parallelism): a process sees a part of each row"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Site:
         quiet: A captured forward pass hands over nothing in its backward pass (Fisher statistics came before).
         with_inputs: Input factors are wanted in this backward pass (not in the later ones of a Fisher pass).
         replicas: The process group of the DDP wrapper in whose forward pass the module was last seen, or None.
+        refused: Why a forward pass that came by could not be captured, or None.
+        arrived: Gradients came since statistics were dropped; asked only where FSDP2 shards the parameters.
         frames: Eigenbases of the tiles, where squares in them are wanted.
         leaves: What receives the statistics, by name; `flat`: the same in one list.
         samples: Of how many examples of a backward pass rows are kept, in `kept`; not in a compiled one.
@@ -59,6 +62,8 @@ class Site:
         self.sharing: Callable[[], str] = lambda: "expand"
         self.active, self.quiet, self.with_inputs = False, False, True
         self.replicas: Any = None
+        self.refused: str | None = None
+        self.arrived = False
         self.frames: Frames = ()
         self.wants, self.dtype = Wants(None, None), torch.float32
         self.leaves: dict[str, list[Tensor]] = {}
@@ -98,6 +103,9 @@ class Site:
             return None
         if _transformed() or not self.owns(module):
             return None
+        if not torch.compiler.is_compiling() and is_distributed(out):
+            self.refused = _TENSOR_PARALLEL
+            return None
         x = args[0] if args else next(iter(kwargs.values()))
         return self.tap(module, x, (out,))
 
@@ -120,13 +128,19 @@ class Site:
         """Drop statistics of backward passes whose gradients are gone.
 
         A gradient scaler skips a step with infinite gradients, and `model.zero_grad()` does not pass by the optimizer.
+        Under FSDP2, passes without synchronisation leave no gradient yet: it must have come, and gone.
         """
-        if all(p is None or p.grad is None for p in (self.weight, self.bias)):
+        held = [p for p in (self.weight, self.bias) if p is not None]
+        if all(p.grad is None for p in held) and (self.arrived or not any(map(is_distributed, held))):
             self.clear()
+
+    def arrive(self, p: Tensor) -> None:
+        """A hook: a gradient of the parameter is there."""
+        self.arrived = True
 
     def clear(self) -> None:
         """Drop what backward passes handed over."""
-        self.kept = []
+        self.kept, self.arrived = [], False
         for t in self.flat:
             t.grad = None
 
@@ -134,15 +148,19 @@ class Site:
         """The tap of projections (see `layers.attention`)."""
         if _transformed() or not self.owns(module) or not all(out.requires_grad for out in outs):
             return outs
+        if any(map(is_distributed, outs)):
+            self.refused = _TENSOR_PARALLEL
+            return outs
         return self.tap(module, inputs, outs)
 
     def owns(self, module: nn.Module) -> bool:
         """Whether this is the module that the site was made for, with the parameters that it had.
 
-        It is not where parameters were replaced, or torch.func calls the module with others.
+        It is not where parameters were replaced, or torch.func calls the module with others. FSDP2 puts the whole
+        parameter in the place of the sharded one, from before a forward pass until it is sharded again.
         """
-        weight, bias = self.names
-        return getattr(module, weight, None) is self.weight and getattr(module, bias, None) is self.bias
+        own = zip(self.names, (self.weight, self.bias), strict=True)
+        return all(_stands_for(getattr(module, key, None), p) for key, p in own)
 
     def __deepcopy__(self, memo: Any) -> Nothing:
         return Nothing()  # a copied module's hooks are copies too, and the optimizer belongs to the original
@@ -232,6 +250,17 @@ class Nothing:
     def __call__(self, *args: Any) -> None:
         """See `Site`."""
         return None
+
+
+def is_distributed(t: Tensor) -> bool:
+    """Whether this process has a part of the tensor (a DTensor: FSDP2, tensor parallelism)."""
+    return any(base.__name__ == "DTensor" for base in type(t).__mro__)
+
+
+def _stands_for(found: Any, p: Tensor | None) -> bool:
+    if found is p:
+        return True
+    return p is not None and is_distributed(p) and isinstance(found, nn.Parameter) and found.shape == p.shape
 
 
 def _transformed() -> bool:

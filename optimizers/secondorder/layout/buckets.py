@@ -91,6 +91,35 @@ class Piece:
         return any(present[strand.index] for strand in self.strands)
 
 
+@dataclass
+class Candidate:
+    """A piece that some process works on, and the bucket that it is in there.
+
+    Attributes:
+        piece: The piece.
+        bucket: An empty bucket of the kind that takes it.
+        hp: Its group.
+        phases: For each mode, its refresh phase (see `layout.schedule`).
+        position: Place of its first row among those of all candidates.
+    """
+
+    piece: Piece
+    bucket: Bucket
+    hp: Mapping[str, Any]
+    phases: dict[int, int] = field(default_factory=dict)
+    position: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.piece.span or 1
+
+    def kind(self) -> tuple[Any, ...]:
+        """Candidates of one kind share a bucket."""
+        b = self.bucket
+        return b.group, b.method, b.fallback, b.modes, b.diagonal, b.param_dtype, b.device, b.shape, b.span
+
+
 def cut_pieces(index: int, p: Tensor, treatment: Treatment, joined: tuple[int, Tensor] | None = None) -> list[Piece]:
     """The pieces of one parameter (and of the one joined to it), in the order of its grid."""
     view, fold = treatment.view, treatment.fold
@@ -128,6 +157,11 @@ def _viewable(p: Tensor, view: tuple[int, ...], fold: Fold | None) -> bool:
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 parameters, else float32: an average in half precision stops learning."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, where the device has it: in float32 the order of a sum, and its last bit, hang on a row's address."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass
@@ -227,7 +261,7 @@ class BaseBucket:
         raise NotImplementedError
 
     def norms(self, work: Tensor) -> Tensor:
-        """Euclidean norm of every row of a workspace, `(n,)`."""
+        """Euclidean norm of every row of a workspace, `(n,)`, in `wide_dtype`."""
         raise NotImplementedError
 
     def row_numel(self) -> Tensor | float:
@@ -242,11 +276,13 @@ class Bucket(BaseBucket):
     Attributes:
         shape: Shape of every block.
         span: Rows of every piece, None for single rows.
+        positions: For every piece, the place of its first row among those of all processes.
         steady: Schedules of past calls that come again (see `layout.schedule`).
     """
 
     shape: tuple[int, ...] = ()
     span: int | None = None
+    positions: list[int] = field(default_factory=list, repr=False)
     steady: dict[tuple[bool, int, int], Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -259,6 +295,13 @@ class Bucket(BaseBucket):
         """See `BaseBucket`."""
         return self.rows * torch.Size(self.shape).numel()
 
+    def take(self, candidate: Candidate) -> None:
+        """Add a piece."""
+        self.pieces.append(candidate.piece)
+        self.positions.append(candidate.position)
+        for mode, phase in candidate.phases.items():
+            self.phases.setdefault(mode, []).append(phase)
+
     def streams(self) -> dict[str, tuple[int, ...]]:
         """See `BaseBucket`."""
         return self.method.statistics(self.shape, self.modes, self.diagonal)
@@ -270,6 +313,8 @@ class Bucket(BaseBucket):
 
     def allocate(self, hp: Mapping[str, Any]) -> None:
         """See `BaseBucket`."""
+        rows = [first + r for first in self.positions for r in range(self.span or 1)]
+        self.places = torch.tensor(rows, dtype=torch.int64).to(self.device)
         self.s = {k: torch.zeros(self.rows, dtype=torch.float32, device=self.device) for k in COUNTERS}
         for name, spec in self.specs(hp).items():
             stack = torch.zeros((self.rows, *spec.shape), dtype=spec.dtype or self.dtype, device=self.device)
@@ -301,9 +346,7 @@ class Bucket(BaseBucket):
 
     def norms(self, work: Tensor) -> Tensor:
         """See `BaseBucket`."""
-        # Summed in float64: in float32 the order of a sum, and with it the last bit, hangs on the row's address.
-        wide = work.dtype if work.device.type == "mps" else torch.float64
-        return torch.linalg.vector_norm(work.flatten(1), dim=1, dtype=wide).to(work.dtype)
+        return torch.linalg.vector_norm(work.flatten(1), dim=1, dtype=wide_dtype(work.device))
 
     def row_numel(self) -> Tensor | float:
         """See `BaseBucket`."""
@@ -400,7 +443,8 @@ class FlatBucket(BaseBucket):
 
     def norms(self, work: Tensor) -> Tensor:
         """See `BaseBucket`."""
-        return torch.stack(torch._foreach_norm([self.row(work, r) for r in range(self.rows)]))
+        rows = [self.row(work, r) for r in range(self.rows)]
+        return torch.stack(torch._foreach_norm(rows, dtype=wide_dtype(work.device)))
 
     def row_numel(self) -> Tensor | float:
         """See `BaseBucket`."""

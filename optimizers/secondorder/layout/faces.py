@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from secondorder.layout.blocks import Treatment
-from secondorder.layout.buckets import BaseBucket, Bucket, FlatBucket, cut_pieces, factor_dtype
-from secondorder.layout.plan import Flags, Plan
+from secondorder.layout.blocks import Treatment, whole
+from secondorder.layout.buckets import COUNTERS, BaseBucket, Bucket, Candidate, FlatBucket, cut_pieces, factor_dtype
+from secondorder.layout.plan import Flags, Plan, is_distributed
 from secondorder.layout.schedule import assign_phases
 from secondorder.preconditioner.protocol import Method
 
@@ -40,6 +40,8 @@ class Layout:
         params: All parameters that are laid out, in group order.
         treatments: For each of them, `(group index, method, treatment)`.
         buckets: Stacked and flat buckets.
+        candidates: Pieces with factors, those of all processes, in the order of the parameters.
+        rows: Blocks with factors, those of all processes.
         clock: `(P,)` float32 on the CPU: for every parameter, the calls in which it had a gradient.
         refused: Refused steps so far, a 0-d device tensor per device.
         gradient_norm: Norm of all gradients of the last step, a 0-d device tensor, or None.
@@ -51,6 +53,8 @@ class Layout:
         self.params: list[Tensor] = []
         self.treatments: list[tuple[int, Method, Treatment]] = []
         self.buckets: list[BaseBucket] = []
+        self.candidates: list[Candidate] = []
+        self.rows = 0
         self.clock = torch.zeros(0)
         self.refused: dict[torch.device, Tensor] = {}
         self.gradient_norm: Tensor | None = None
@@ -65,18 +69,34 @@ class Layout:
         self._adopting: set[int] = set()  # parameters that bring state along
         self._workspaces: dict[tuple[Any, ...], Tensor] = {}
 
-    def current(self, groups: Sequence[Group], state: ParamState, treat: Treat) -> Layout:
-        """Bring layout and state up to date; cheap when nothing changed."""
+    def current(
+        self, groups: Sequence[Group], state: ParamState, treat: Treat, arrange: Callable[[Layout], None] | None = None
+    ) -> Layout:
+        """Bring layout and state up to date; cheap when nothing changed.
+
+        Args:
+            groups: The groups.
+            state: The optimizer's state.
+            treat: How a parameter is treated.
+            arrange: Gives a layout whose parameters are known its plan. None: it has one.
+        """
         signature = _signature(groups)
         if signature != self._signature or not self._intact(state):
-            self._rebuild(groups, state, treat, signature)
+            self._rebuild(groups, state, treat, arrange, signature)
         return self
 
     def _intact(self, state: ParamState) -> bool:
         held = map(dict.get, self._places, self._keys)  # thousands of them in every step: no loop in Python
         return all(map(is_, held, self._views)) and all(state.get(p) is d for p, d in self._dicts)
 
-    def _rebuild(self, groups: Sequence[Group], state: ParamState, treat: Treat, signature: tuple[Any, ...]) -> None:
+    def _rebuild(
+        self,
+        groups: Sequence[Group],
+        state: ParamState,
+        treat: Treat,
+        arrange: Callable[[Layout], None] | None,
+        signature: tuple[Any, ...],
+    ) -> None:
         flat = [p for g in groups for p in g["params"]]
         self._follow_replaced(flat, state)
         self._signature = None  # if anything below raises, the next call tries again
@@ -91,7 +111,9 @@ class Layout:
                     method, treatment = treat(p, g, gi, pi)
                     self.params.append(p)
                     self.treatments.append((gi, method, treatment))
-        self.buckets = self._make_buckets()
+        if arrange is not None:
+            arrange(self)
+        self.buckets = self._make_buckets(groups)
         self.clock = torch.zeros(len(self.params))
         for i, p in enumerate(self.params):
             self._dicts.append((p, state[p]))
@@ -103,9 +125,13 @@ class Layout:
             b.allocate(groups[b.group])
             for name, views in b.columns().items():
                 for piece, view in zip(b.pieces, views, strict=True):
+                    if isinstance(b, FlatBucket) and name != "count":
+                        view = self.plan.face(self.params[piece.index], view)
                     self._attach(piece.index, piece.key, name, view)
         self._bind_workspaces(groups)
-        assign_phases([b for b in self.buckets if isinstance(b, Bucket)], groups)
+        if arrange is not None:
+            self._drop_foreign_entries()
+            self.plan.bind(self)
         self._signature, self._flat = signature, flat
 
     def _follow_replaced(self, flat: list[Tensor], state: ParamState) -> None:
@@ -135,37 +161,72 @@ class Layout:
                     f"state {key!r} of the parameter of shape {tuple(self.params[index].shape)} has shape "
                     f"{tuple(held.shape)}, expected {tuple(view.shape)}"
                 )
-            view.copy_(held)
+            self.plan.fill(view, held)
         d[key] = own[key] = view
         self._places.append(d)
         self._keys.append(key)
         self._views.append(view)
 
-    def _make_buckets(self) -> list[BaseBucket]:
+    def _make_buckets(self, groups: Sequence[Group]) -> list[BaseBucket]:
         stacked: dict[Any, Bucket] = {}
+        self.candidates = self._candidates(groups)
+        for c in self.plan.own(self.candidates):
+            stacked.setdefault(c.kind(), c.bucket).take(c)
         flat: dict[Any, list[FlatBucket]] = defaultdict(list)
-        at = {id(p): i for i, p in enumerate(self.params)}
+        filled: dict[Any, int] = {}
         for i, (p, (gi, method, treatment)) in enumerate(zip(self.params, self.treatments, strict=True)):
+            if not method.elementwise:
+                continue
+            local = self.plan.local(p)
+            # The CPU's fused kernel rounds the last elements of a tensor otherwise than the rest.
+            fusible = local.is_contiguous() and p.dtype == factor_dtype(p.dtype) and not self.plan.exact
             kind = (gi, method, treatment.fallback)
             where = (p.dtype, p.device)
-            if method.elementwise:
-                fusible = p.is_contiguous() and p.dtype == factor_dtype(p.dtype)
-                rows = flat[kind, where, fusible]
-                if not rows or rows[-1].numel + p.numel() > _FLAT_LIMIT:
-                    rows.append(FlatBucket(*kind, (), (), *where, fusible=fusible))
-                rows[-1].pieces.extend(cut_pieces(i, p, treatment))
-                continue
-            if treatment.follows is not None:
+            rows = flat[kind, where, fusible]
+            if not rows or filled[kind, where, fusible] + p.numel() > _FLAT_LIMIT:
+                rows.append(FlatBucket(*kind, (), (), *where, fusible=fusible))
+                filled[kind, where, fusible] = 0
+            filled[kind, where, fusible] += p.numel()  # of the whole: all processes have the same buckets
+            rows[-1].pieces.extend(cut_pieces(i, local, whole(tuple(local.shape), "")))
+        return [*stacked.values(), *(b for rows in flat.values() for b in rows)]
+
+    def _candidates(self, groups: Sequence[Group]) -> list[Candidate]:
+        """All pieces with factors, those of other processes too, in the order of the parameters."""
+        at = {id(p): i for i, p in enumerate(self.params)}
+        out = []
+        for i, (p, (gi, method, treatment)) in enumerate(zip(self.params, self.treatments, strict=True)):
+            if method.elementwise or treatment.follows is not None:
                 continue
             other = None if treatment.joined is None else at[treatment.joined]
-            joined = None if other is None else (other, self.params[other])
-            for piece in self.plan.own(cut_pieces(i, p, treatment, joined)):
-                key = (kind, treatment.modes, treatment.diagonal, where, piece.block, piece.span)
-                if key not in stacked:
-                    modes = (treatment.modes, treatment.diagonal)
-                    stacked[key] = Bucket(*kind, *modes, *where, shape=piece.block, span=piece.span)
-                stacked[key].pieces.append(piece)
-        return [*stacked.values(), *(b for rows in flat.values() for b in rows)]
+            joined = None if other is None else (other, self._whole(self.params[other]))
+            for piece in cut_pieces(i, self._whole(p), treatment, joined):
+                b = Bucket(
+                    gi, method, treatment.fallback, treatment.modes, treatment.diagonal, p.dtype, p.device,
+                    shape=piece.block, span=piece.span,
+                )  # fmt: skip
+                out.append(Candidate(piece, b, groups[gi]))
+        out.sort(key=lambda c: (self.plan.position(c.piece.index), c.piece.at))
+        rows = 0
+        for c in out:
+            c.position = rows
+            rows += c.rows
+        self.rows = rows
+        assign_phases(out)
+        return out
+
+    def _whole(self, p: Tensor) -> Tensor:
+        """The parameter, or where this process stores a part of it something of the same shape."""
+        return p if self.plan.local(p) is p else torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+    def _drop_foreign_entries(self) -> None:
+        """Forget what was loaded of blocks that other processes own."""
+        here = {id(piece) for b in self.buckets for piece in b.pieces}
+        for c in self.candidates:
+            if id(c.piece) in here:
+                continue
+            d = self._dicts[c.piece.index][1]
+            for key in (*COUNTERS, *c.bucket.specs(c.hp)) if c.piece.key is None else (c.piece.key,):
+                d.pop(key, None)
 
     def _bind_workspaces(self, groups: Sequence[Group]) -> None:
         """Workspaces as large as the largest bucket, shared by all buckets of a device and dtype."""
@@ -180,6 +241,12 @@ class Layout:
         self._workspaces = {k: torch.empty(n, dtype=k[1], device=k[0]) for k, n in sizes.items()}
         for b, names in zip(self.buckets, wanted, strict=True):
             b.bind({name: self._workspaces[key][:n] for name, n, key in names})
+
+    @property
+    def complete(self) -> bool:
+        """Whether all blocks are worked on here, on parameters that are stored whole."""
+        here = sum(len(b.pieces) for b in self.buckets if isinstance(b, Bucket))
+        return here == len(self.candidates) and not any(map(is_distributed, self.params))
 
     def entries(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """`(parameter, its entries in the stacks, nested by tile)` of all parameters that are laid out."""
@@ -197,7 +264,7 @@ class Layout:
         for gi, g in enumerate(groups):
             for pi, p in enumerate(g["params"]):
                 if id(p) not in known and not is_lazy(p):
-                    known[id(p)] = torch.empty_like(p, device="meta").requires_grad_(p.requires_grad)
+                    known[id(p)] = _ghost(p).requires_grad_(p.requires_grad)
                     real[id(known[id(p)])] = (p, g, gi, pi)
             ghosts.append({**g, "params": [known[id(p)] for p in g["params"] if id(p) in known]})
         layout = cls(plan)
@@ -225,16 +292,17 @@ class Layout:
 
     def failures(self, wait: bool) -> dict[str, int]:
         """Refused steps and failed refreshes so far; without `wait`, only what can be read without waiting."""
-        readable = [r for d, r in self.refused.items() if d.type == "cpu" or (wait and d.type != "meta")]
-        failed = [
-            b.s["failures"]
-            for b in self.buckets
-            if "failures" in b.s and (b.device.type == "cpu" or (wait and b.device.type != "meta"))
-        ]
-        return {
-            "refused_steps": max((int(r) for r in readable), default=0),
-            "refresh_failures": sum(int(f.sum()) for f in failed),
-        }
+
+        def readable(device: torch.device) -> bool:
+            return device.type == "cpu" or (wait and device.type != "meta")
+
+        refused = max((int(r) for d, r in self.refused.items() if readable(d)), default=0)
+        counts = [b.s["failures"] for b in self.buckets if "failures" in b.s]
+        failed = sum(int(f.sum()) for f in counts if readable(f.device))
+        everywhere = self.plan.failures
+        if everywhere is not None and readable(everywhere.device):
+            failed = max(failed, int(everywhere))
+        return {"refused_steps": refused, "refresh_failures": failed}
 
     def tick(self, present: Sequence[bool]) -> None:
         """Count this call for the parameters that had a gradient."""
@@ -242,6 +310,13 @@ class Layout:
             self.clock.add_(1)
         else:
             self.clock.add_(torch.tensor(present, dtype=self.clock.dtype))
+
+
+def _ghost(p: Tensor) -> Tensor:
+    """A parameter's shape and strides without memory, whole where this process stores a part of it."""
+    if is_distributed(p):
+        return torch.empty(p.shape, dtype=p.dtype, device="meta")
+    return torch.empty_like(p, device="meta")
 
 
 def streams(b: BaseBucket, hp: Group) -> dict[str, int]:

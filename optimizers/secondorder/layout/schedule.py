@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secondorder.layout.buckets import Bucket, Part
+from secondorder.layout.buckets import Bucket, Candidate, Part
 from secondorder.preconditioner.protocol import Method, Modes
 
 
@@ -36,28 +36,28 @@ class Schedule:
     written: list[int] = field(default_factory=list)
 
 
-def assign_phases(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]) -> None:
+def assign_phases(candidates: Sequence[Candidate]) -> None:
     """Spread the refresh units over their period by cost: each to the call of the period with the least work so far.
 
-    Units come in the order of the parameters, so that phases depend neither on how blocks are bucketed nor on how
-    parameters are grouped (among groups of one period), and a group that comes late leaves those of the others alone.
+    Candidates come in the order of the parameters, those of all processes, so that phases depend neither on how blocks
+    are bucketed or owned nor on how parameters are grouped (among groups of one period), and a group that comes late
+    leaves those of the others alone.
     """
-    units = []
-    for b in buckets:
-        b.phases = {mode: [0] * len(b.pieces) for mode in b.modes}
-        b.steady.clear()
-        if groups[b.group].get("refresh") == "staggered":
-            period = int(groups[b.group]["refresh_every"])
-            for mode in b.modes:
-                cost = b.method.refresh_cost(b.shape, mode) * (b.span or 1)
-                for r, piece in enumerate(b.pieces):
-                    units.append((piece.index, piece.at, mode, period, cost, b, r))
     loads: dict[int, list[float]] = {}
-    for _, _, mode, period, cost, b, r in sorted(units, key=lambda unit: unit[:3]):
-        load = loads.setdefault(period, [0.0] * period)
-        phase = min(range(period), key=load.__getitem__)
-        load[phase] += cost
-        b.phases[mode][r] = phase
+    for c in candidates:
+        c.phases = dict.fromkeys(c.bucket.modes, 0)
+        if c.hp.get("refresh") == "staggered":
+            period = int(c.hp["refresh_every"])
+            load = loads.setdefault(period, [0.0] * period)
+            for mode in c.bucket.modes:
+                phase = min(range(period), key=load.__getitem__)
+                load[phase] += c.bucket.method.refresh_cost(c.bucket.shape, mode) * c.rows
+                c.phases[mode] = phase
+
+
+def writes(method: Method, hp: Mapping[str, Any], t: int) -> bool:
+    """Whether the parameter moves in its call `t` (from 1)."""
+    return t > method.waits(hp) and not (t == 1 and method.first == "measure")
 
 
 def last_refresh(method: Method, hp: Mapping[str, Any], phase: int, t: int) -> int:
@@ -103,7 +103,7 @@ def _plan_rows(b: Bucket, hp: Mapping[str, Any], calls: Sequence[int], present: 
         early = method.first in ("observe", "skip") if t == 1 else not method.lagged
         if t > waits:
             groups["apply"].append(r)
-            if not (t == 1 and method.first == "measure"):
+            if writes(method, hp, t):
                 plan.written.append(r)
         if method.observes(t, hp):
             groups["early" if early else "late"].append(r)
