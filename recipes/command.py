@@ -29,12 +29,13 @@ usage: python recipes/train.py [--config FILE]... [--section.key=value]... [--co
   --config FILE         a YAML file; several are merged, the last wins (one per task, one per optimizer)
   --compare NAMES       train these too, on the same data in the same order; the first is the baseline (none: no one)
   --resume DIR          continue a run from its folder
+  --folder DIR          the run's folder: made if it is not there, else continued
   --help                this text, for the task and optimizer that are chosen
 """
 # Neither the data, the model nor the path of the optimizer depends on these before the run's former last step (but a
 # schedule that decays is stretched by train.steps).
 MAY_CHANGE_ON_RESUME = (
-    *("train.steps", "train.threads", "eval.every", "out", "compare"),
+    *("train.steps", "train.threads", "eval.every", "out", "compare", "parallel", "replicas", "timeout"),
     *(f"log.{key}" for key in ("every", "diagnostics", "checkpoint_every", "wandb", "project")),
 )
 
@@ -47,6 +48,7 @@ class Arguments:
     overrides: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     compare: list[str] | None = None
     resume: Path | None = None
+    folder: Path | None = None
     help: bool = False
 
 
@@ -73,6 +75,8 @@ def parse(argv: Sequence[str]) -> Arguments:
             arguments.configs.append(Path(value))
         elif key == "resume":
             arguments.resume = Path(value)
+        elif key == "folder":
+            arguments.folder = Path(value)
         elif key == "compare":
             arguments.compare = (arguments.compare or []) + _names(value)
         else:

@@ -40,6 +40,11 @@ class Train:
     steps: int = knob(600, "optimizer steps")
     batch_size: int = knob(16, "samples per optimizer step, over all processes and accumulation steps")
     accumulation: int = knob(1, "backward passes per optimizer step and process")
+    microbatches: int = knob(
+        0,
+        "backward passes per optimizer step over all processes (0: accumulation on each): with it the run does not "
+        "depend on how many processes there are",
+    )
     clip: float = knob(1.0, "largest gradient norm (0: no clipping)")
     dtype: Literal["float32", "bfloat16"] = knob("float32", "bfloat16: autocast of the forward pass, float32 weights")
     threads: int = knob(0, "CPU threads per process (0: torch's choice)")
@@ -47,6 +52,11 @@ class Train:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
             require(getattr(self, name) >= 1, f"train.{name} must be >= 1, got {getattr(self, name)}")
+        # A power of two: dividing by it is exact, in whatever order processes and passes do it.
+        exact = self.microbatches >= 0 and self.microbatches.bit_count() <= 1
+        require(exact, f"train.microbatches must be 0 or a power of two, got {self.microbatches}")
+        either = self.microbatches == 0 or self.accumulation == 1
+        require(either, f"train.accumulation={self.accumulation} and train.microbatches={self.microbatches}: give one")
         require(self.clip >= 0.0, f"train.clip must be >= 0, got {self.clip}")
         require(self.threads >= 0, f"train.threads must be >= 0, got {self.threads}")
 
@@ -115,6 +125,11 @@ class Config:
     out: str = knob("runs", "where run folders are made")
     seed: int = knob(1, "of the model's start, the order of the data and dropout")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto: cuda if there is one")
+    parallel: Literal["ddp", "fsdp2", "hsdp"] = knob(
+        "ddp", "several processes hold copies of the model (ddp), shards of it (fsdp2), or copies of shards (hsdp)"
+    )
+    replicas: int = knob(2, "hsdp: copies of the model; those who share one exchange most")
+    timeout: float = knob(120.0, "seconds that a process waits for another before it gives up")
     data: Any = None
     model: Any = None
     optimizer: Spec = Spec("adamw", {})
@@ -126,6 +141,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        require(self.replicas >= 1, f"replicas must be >= 1, got {self.replicas}")
+        require(self.timeout > 0, f"timeout must be > 0, got {self.timeout}")
 
     @property
     def optimizers(self) -> tuple[Spec, ...]:

@@ -31,7 +31,8 @@ import runfolder
 import tasks
 from config import Config
 from errors import RecipeError
-from train import evaluate, refuse, say
+from progress import Stopwatch
+from train import evaluate, refuse, restore, say
 from world import World
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -87,17 +88,14 @@ def load(folder: Path, name: str | None, kind: str) -> Run:
     if spec is None:
         known = ", ".join(spec.name for spec in config.optimizers)
         raise RecipeError(f"--optimizer: {str(folder)!r} has {known}, got {name!r}")
-    path = folder / spec.name / "checkpoint.pt"
-    if not path.is_file():
-        raise RecipeError(f"{str(path)!r} does not exist: {spec.name} was not trained to a checkpoint")
-    content = runfolder.load_checkpoint(path)
     task = tasks.load(config.task).Task(config.data, config.model, config.seed)
     model = task.build_model()
-    model.load_state_dict(content["model"])
     opt: Any = optimizer.build(spec, model)
     if not hasattr(opt, "fisher"):
         raise RecipeError(f"{spec.class_name} keeps no Fisher information: train with an optimizer of secondorder")
-    opt.load_state_dict(content["optimizer"])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)  # a checkpoint has one
+    if not restore(folder / spec.name, model, opt, scheduler, Stopwatch(CPU.device), CPU):
+        raise RecipeError(f"{str(folder / spec.name)!r} has no checkpoint: {spec.name} was not trained to one")
     return Run(folder / spec.name, config, task, model, opt.fisher(kind, batch_size=config.train.batch_size))
 
 

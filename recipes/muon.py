@@ -56,12 +56,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
             self.state.update(part.state)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of both, by part."""
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave."""
-        for name, part in self.parts.items():
-            part.load_state_dict(state_dict[name])
-        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+        """Load what `state_dict` gave, and hand each part its own."""
+        super().load_state_dict(state_dict)
+        groups = iter(self.param_groups)
+        for part in self.parts.values():
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            own = [p for group in part.param_groups for p in group["params"]]
+            part.state.clear()
+            part.state.update({p: self.state[p] for p in own if p in self.state})

@@ -117,8 +117,14 @@ def check(name: str, given: Mapping[str, Any], variant_of: str = "") -> Spec:
     return Spec(name, typed, variant_of)
 
 
-def build(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer for all parameters of `model`; vectors and scalars are not decayed."""
+def build(spec: Spec, model: nn.Module, shared: bool = False) -> torch.optim.Optimizer:
+    """The optimizer for all parameters of `model`; vectors and scalars are not decayed.
+
+    Args:
+        spec: Class and arguments.
+        model: Its parameters may be shards.
+        shared: Several processes hold copies of it. Where the class can, each does a part of the optimizer's work.
+    """
     cls = classes()[spec.class_name]
     known = inspect.signature(cls).parameters
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -127,7 +133,9 @@ def build(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
     if "weight_decay" in known:
         groups[1]["weight_decay"] = 0.0
     extra: dict[str, Any] = {"module": model} if "module" in known else {}
-    return cls([group for group in groups if group["params"]], **spec.arguments, **extra)
+    if shared and "sharding" in known:
+        extra["sharding"] = "owners"
+    return cls([group for group in groups if group["params"]], **{**extra, **spec.arguments})
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -4,15 +4,16 @@ runs/<task>/<time>-<name>/
     config.yaml          everything that was set, resolved
     run.json             versions, git commit, device, command, the data and its SHA-256
     curves.png           all optimizers of the run
-    <optimizer>/         metrics.jsonl, checkpoint.pt, coverage.txt, wandb/
+    <optimizer>/         metrics.jsonl, checkpoint.pt or step-000123/ (checkpoints.py), coverage.txt, wandb/
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
-import random
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
@@ -44,6 +44,22 @@ def create(out: str, task: str, name: str) -> Path:
             raise RecipeError(f"cannot make the run folder {str(folder)!r}: {error.strerror}") from error
         return folder
     raise RecipeError(f"there are 1000 run folders like {str(stem)!r}")
+
+
+def of_launch(out: str, task: str, name: str, launch: str) -> Path:
+    """The folder of a run whose launch has a name: the one from before a restart, or a new one.
+
+    Args:
+        out: Where run folders are made.
+        task: Of the run.
+        name: Of the run.
+        launch: The folder's name ends with it; "": a new folder.
+    """
+    if not launch:
+        return create(out, task, name)
+    label = name + "-" + re.sub(r"[^\w.-]", "_", launch)
+    found = sorted(Path(out, task).glob(f"????????-??????-{glob.escape(label)}"))
+    return found[-1] if found else create(out, task, label)
 
 
 @contextmanager
@@ -105,8 +121,9 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """All records of metrics.jsonl; a line that was cut short when its process was killed is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -134,30 +151,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if content.get("schema") != SCHEMA:
         raise RecipeError(f"{str(path)!r} has schema {content.get('schema')}, this recipe reads schema {SCHEMA}")
     return content
-
-
-def random_state() -> dict[str, Any]:
-    """The generators of torch, numpy and Python, as tensors and plain values."""
-    numpy: Any = np.random.get_state(legacy=False)
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undo what happened to the generators since `random_state`."""
-    torch.set_rng_state(state["torch"])
-    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": key}})
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _git_commit() -> str:

@@ -6,6 +6,9 @@
 Every optimizer starts from the same weights and sees the same batches in the same order, one after the other. The run
 folder then holds the config, the metrics, a checkpoint for each, and curves.png (see runfolder.py). `--help` lists
 everything that can be set.
+
+A run that is asked to stop (preemption.py) or killed goes on from its last checkpoint: with `--resume FOLDER`, with the
+same command where that gives it a `--folder`, and by itself when torchrun restarts it.
 """
 
 from __future__ import annotations
@@ -23,16 +26,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+import checkpoints
 import command
 import curves
 import optimizer
+import preemption
+import rendezvous
 import results
 import runfolder
 import schedule
 import tasks
 import world as processes
-from config import Config, Spec
+from config import Config, Spec, Train
 from errors import RecipeError
 from progress import Progress, Stopwatch
 from tracking import Tracker
@@ -42,15 +49,17 @@ MEMORY = ("state_bytes", "workspace_bytes")  # of the optimizer's diagnostics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 if it trained, 2 if it was given bad input, 130 if it was interrupted."""
+    """Run the command line; 0 if it trained or was asked to stop, 2 if it was given bad input, 130 if interrupted."""
     try:
         arguments = command.parse(sys.argv[1:] if argv is None else argv)
         if arguments.help:
             say(command.help_text(arguments))
             return 0
         config = command.resolve(arguments)
-        with processes.join(config.device) as world:
-            run(config, world, arguments.resume)
+        with processes.join(config.device, config.timeout) as world:
+            run(config, world, arguments.resume or arguments.folder)
+    except preemption.Preempted as stopped:
+        return int(stopped.code or 0)
     except (RecipeError, OSError) as error:
         return refuse(f"error: {error}")
     except KeyboardInterrupt:
@@ -88,20 +97,17 @@ def run(config: Config, world: World, folder: Path | None = None) -> list[result
     Args:
         config: Of the run.
         world: The processes.
-        folder: Of the run; what is there is continued. None: a new one.
+        folder: Of the run; what is there is continued. None: a new one, or that of this launch before a restart.
     """
-    share = world.size * config.train.accumulation
-    if config.train.batch_size % share:
-        raise RecipeError(
-            f"train.batch_size={config.train.batch_size} is not divisible by {world.size} processes "
-            f"x {config.train.accumulation} accumulation steps"
-        )
+    check_division(config.train, world)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     task = tasks.load(config.task).Task(config.data, config.model, config.seed)
     if world.is_main:
-        folder = folder or runfolder.create(config.out, config.task, config.name)
+        folder = folder or runfolder.of_launch(config.out, config.task, config.name, rendezvous.launch())
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "config.yaml").exists():
+            command.refuse_changes(folder, config)
         (folder / "results.txt").unlink(missing_ok=True)  # its presence says that the run is finished
         facts = {"data": task.summary, "data_sha256": task.fingerprint, "device": device_name(world)}
         if (folder / "run.json").exists() and runfolder.facts(folder)["data_sha256"] != task.fingerprint:
@@ -123,16 +129,35 @@ def run(config: Config, world: World, folder: Path | None = None) -> list[result
     return trained
 
 
+def check_division(loop: Train, world: World) -> None:
+    """Refuse what cannot be divided evenly.
+
+    Raises:
+        RecipeError: The processes do not share the micro-batches, or those the batch.
+    """
+    parts, by = loop.microbatches, f"{loop.microbatches} micro-batches"
+    if parts % world.size:
+        raise RecipeError(f"train.microbatches={parts} is not divisible by {world.size} processes")
+    if not parts:
+        parts, by = world.size * loop.accumulation, f"{world.size} processes x {loop.accumulation} accumulation steps"
+    if loop.batch_size % parts:
+        raise RecipeError(f"train.batch_size={loop.batch_size} is not divisible by {by}")
+
+
 def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, label: str) -> None:
-    """Train one optimizer from its last checkpoint, or from the start, to the last step."""
+    """Train one optimizer from its last checkpoint, or from the start, to the last step.
+
+    Raises:
+        Preempted: It was asked to stop before, and has written a checkpoint.
+    """
     steps = config.train.steps
     torch.manual_seed(config.seed)  # the same weights for every optimizer
     model = task.build_model().to(world.device)
-    opt = optimizer.build(spec, model)
+    wrapped = world.wrap(model, config.parallel, config.replicas)
+    opt = optimizer.build(spec, model, shared=world.size > 1 and config.parallel == "ddp")
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule.factor(config.schedule, steps))
-    seed_everything(config.seed + 1 + world.rank)  # dropout differs between the processes
     watch = Stopwatch(world.device)
-    start = restore(folder / "checkpoint.pt", model, opt, scheduler, watch, world)
+    start = restore(folder, model, opt, scheduler, watch, world)
     if start >= steps or results.read(folder.parent, spec.name).diverged:
         return
     if world.device.type == "cuda":
@@ -145,7 +170,6 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
         tracker = Tracker(config.log, folder, f"{config.name}-{spec.name}", command.as_dict(config))
     if hasattr(opt, "track") and config.log.diagnostics != "brief":
         opt.track(config.log.every)
-    wrapped = world.wrap(model)
     units = task.units_per_sample * config.train.batch_size
     progress = Progress(label, steps, start, task.samples_unit, units, silent=not world.is_main)
     logged = start
@@ -159,10 +183,11 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
     if start == 0:
         record(0, evaluate(model, task, config, world))
     for step in range(start, steps):
+        vote = world.vote()
         watch.mark("")
         batches = microbatches(task, step, config, world)
         watch.mark("data")
-        loss = forward_backward(wrapped, task, batches, config, world)
+        loss = forward_backward(wrapped, task, step, batches, config, world)
         watch.mark("forward_backward")
         norm = clip_gradient(model, config.train.clip)
         lr = float(opt.param_groups[0]["lr"])
@@ -186,21 +211,32 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
         if done % config.eval.every == 0 or last or diverged:
             values |= {"val/loss": math.nan} if diverged else evaluate(model, task, config, world)
         record(done, values)
+        verdict = vote()
         if diverged:
             say(f"{label}: the loss is not finite after step {done}; stopped", file=sys.stderr)
             break
-        if done % config.log.checkpoint_every == 0 or last:
-            save(folder / "checkpoint.pt", done, model, opt, scheduler, watch, world, config)
+        if verdict or last or done % config.log.checkpoint_every == 0:
+            save(folder, done, model, opt, scheduler, watch, world)
+        if verdict:
+            break
     if tracker:
         tracker.finish()
+    if verdict:
+        say(f"{label}: asked to stop after step {done}; --resume {folder.parent} goes on", file=sys.stderr)
+        raise preemption.stop(verdict, world.parent)
+
+
+def share(loop: Train, world: World) -> tuple[int, int]:
+    """How many micro-batches of a step each process takes, and how many samples each has."""
+    parts = loop.microbatches // world.size or loop.accumulation
+    return parts, loop.batch_size // (world.size * parts)
 
 
 def microbatches(task: Any, step: int, config: Config, world: World) -> list[tuple[Tensor, ...]]:
-    """This process's part of the step's global batch, one batch per accumulation step."""
-    count = config.train.batch_size // (world.size * config.train.accumulation)
-    first = world.rank * config.train.accumulation * count
-    parts = range(config.train.accumulation)
-    return [move(task.batch(step, first + part * count, count), world.device) for part in parts]
+    """This process's part of the step's global batch, one batch per backward pass."""
+    parts, count = share(config.train, world)
+    first = world.rank * parts * count
+    return [move(task.batch(step, first + part * count, count), world.device) for part in range(parts)]
 
 
 def move(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
@@ -214,11 +250,15 @@ def autocast(config: Config, world: World) -> torch.autocast:
 
 
 def forward_backward(
-    model: nn.Module, task: Any, batches: list[tuple[Tensor, ...]], config: Config, world: World
+    model: nn.Module, task: Any, step: int, batches: list[tuple[Tensor, ...]], config: Config, world: World
 ) -> Tensor:
-    """Add the gradient of the mean loss over all batches; returns that loss, of this process."""
+    """Add the gradient of the mean loss over all batches; returns that loss, of this process.
+
+    Dropout depends on the step and on the micro-batch's number among those of all processes, on nothing else.
+    """
     total = torch.zeros((), device=world.device)
     for number, batch in enumerate(batches, 1):
+        seed_everything(config.seed, step, world.rank * len(batches) + number)
         with contextlib.nullcontext() if number == len(batches) else world.gradients_stay(model):
             with autocast(config, world):
                 loss = task.loss(model, batch) / len(batches)
@@ -230,15 +270,18 @@ def forward_backward(
 def clip_gradient(model: nn.Module, largest: float) -> Tensor:
     """Scale the gradient down to the norm `largest` (0: leave it); returns the norm it had."""
     if largest:
-        return nn.utils.clip_grad_norm_(model.parameters(), largest)
-    return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
+    else:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Any, config: Config, world: World) -> dict[str, float]:
     """What the task measures, on the same samples at every call and for every number of processes."""
-    count = config.train.batch_size // (world.size * config.train.accumulation)
-    parts = config.eval.batches * config.train.accumulation
+    parts, count = share(config.train, world)
+    parts *= config.eval.batches
     total = config.eval.batches * config.train.batch_size
     model.eval()
     sums: dict[str, Tensor] = {}
@@ -251,31 +294,19 @@ def evaluate(model: nn.Module, task: Any, config: Config, world: World) -> dict[
     return {f"val/{name}": world.mean(value) for name, value in sums.items()}
 
 
-def save(
-    path: Path, step: int, model: nn.Module, opt: Any, scheduler: Any, watch: Stopwatch, world: World, config: Config
-) -> None:
+def save(folder: Path, step: int, model: nn.Module, opt: Any, scheduler: Any, watch: Stopwatch, world: World) -> None:
     """Write everything that the next step depends on. The data's position is the step."""
-    states = world.gather(runfolder.random_state())
-    if world.is_main:
-        content = {"step": step, "seconds": watch.seconds(), "random": states, "config": command.as_dict(config)}
-        parts = {"model": model.state_dict(), "optimizer": opt.state_dict(), "scheduler": scheduler.state_dict()}
-        runfolder.save_checkpoint(path, {**content, **parts})
+    trainer = {"scheduler": scheduler.state_dict(), "seconds": watch.seconds()}
+    checkpoints.save(folder, step, model, opt, trainer, world)
 
 
-def restore(path: Path, model: nn.Module, opt: Any, scheduler: Any, watch: Stopwatch, world: World) -> int:
+def restore(folder: Path, model: nn.Module, opt: Any, scheduler: Any, watch: Stopwatch, world: World) -> int:
     """Bring back what `save` wrote; returns the number of steps taken, 0 where there is no checkpoint."""
-    if not path.exists():
-        return 0
-    content = runfolder.load_checkpoint(path)
-    model.load_state_dict(content["model"])
-    opt.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict(content["scheduler"])
-    watch.total = content["seconds"]
-    if len(content["random"]) == world.size:
-        runfolder.set_random_state(content["random"][world.rank])
-    else:
-        say(f"{path}: written by {len(content['random'])} processes; dropout will not repeat what it was", sys.stderr)
-    return int(content["step"])
+    trainer = {"scheduler": scheduler.state_dict(), "seconds": 0.0}
+    trainer = checkpoints.restore(folder, model, opt, trainer, world)
+    scheduler.load_state_dict(trainer["scheduler"])
+    watch.total = trainer["seconds"]
+    return int(trainer["step"])
 
 
 def diagnostics(opt: Any, detail: str) -> dict[str, float]:
@@ -287,8 +318,9 @@ def diagnostics(opt: Any, detail: str) -> dict[str, float]:
     return {f"{'memory' if key in MEMORY else 'optimizer'}/{key}": value for key, value in shown.items()}
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and Python."""
+def seed_everything(*key: int) -> None:
+    """Seed torch, numpy and Python, for each key independently of all others."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
