@@ -56,14 +56,13 @@ install() {
   bash -c "${command% && *}"
 }
 
-# FSDP2 cases are left out: sharded (DTensor) parameters are refused with a TypeError until sharding is built.
 # Those that start processes get a second try: gloo was seen to abort while a process exits, once in some twenty runs.
 # cases CLASSES: the open cases, for a comma-separated list of classes, or all
 cases() {
   local run=("$python" -m pytest -q -p no:cacheprovider ../shared/cases/open)
   export CASES_OPTIMIZERS=$1 PYTHONDONTWRITEBYTECODE=1
-  "${run[@]}" -m "not dist" -k "not fsdp2"
-  "${run[@]}" -m dist -k "not fsdp2" || "${run[@]}" -m dist -k "not fsdp2"
+  "${run[@]}" -m "not dist"
+  "${run[@]}" -m dist || "${run[@]}" -m dist
 }
 
 # integrations MARKS: with the real trainers; torchvision comes with a test dependency, made for another torch, and they
