@@ -346,7 +346,8 @@ class PreconditionedOptimizer(Inspection):
                 state = checkpoint.adoptable(state_dict, groups, fits)
         except Exception as error:
             fault = error
-        self._layout.plan.agree(fault)
+        facts = group_facts(self.param_groups if fault else groups, self._sharing)
+        self._layout.plan.agree(fault, type(self).__name__, facts)
         self._layout.forget()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._current()

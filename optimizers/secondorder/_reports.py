@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 Group = dict[str, Any]
 
 FAILURES = {
-    "refused_steps": "a step was refused, because a gradient was not finite or too large; state and parameters are "
-    "as they were",
+    "refused_steps": "a step was refused, because a gradient was not finite or too large (of several processes: on one "
+    "of them, or they disagree on learning rates or on which parameters have gradients); state and parameters are as "
+    "they were",
     "refresh_failures": "a decomposition failed, or a layer statistic was not finite; the factor keeps its last good "
     "value",
 }

@@ -141,8 +141,8 @@ class Plan(Protocol):
         """Root mean square of every row of a bucket's update, `(n,)`, wherever it is stored."""
         ...
 
-    def agree(self, fault: Exception | None) -> None:
-        """Raise on every process if one of them found a fault."""
+    def agree(self, fault: Exception | None, who: str, facts: Mapping[str, Any]) -> None:
+        """Raise on every process if one of them found a fault, or if facts differ that must be the same everywhere."""
         ...
 
     # How this process stores parameters.
@@ -218,7 +218,8 @@ class SinglePlan:
 
     def row_sums(self, index: int, grad: Tensor, view: tuple[int, ...], fold: Fold | None) -> Tensor:
         """See `Plan`."""
-        return (grad.reshape(view) if fold is None else fold.apply(grad, view)).flatten(1).sum(1)
+        viewed = grad.reshape(view) if fold is None else fold.apply(grad, view)
+        return viewed if len(view) == 1 else viewed.flatten(1).sum(1)
 
     def merge(self, rows: Tensor) -> Tensor:
         """See `Plan`."""
@@ -228,7 +229,7 @@ class SinglePlan:
         """See `Plan`."""
         return b.norms(update).to(update.dtype) / b.row_numel() ** 0.5
 
-    def agree(self, fault: Exception | None) -> None:
+    def agree(self, fault: Exception | None, who: str, facts: Mapping[str, Any]) -> None:
         """See `Plan`."""
         if fault is not None:
             raise fault

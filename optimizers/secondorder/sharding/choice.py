@@ -61,6 +61,6 @@ def group_facts(groups: Sequence[Mapping[str, Any]], sharing: Sharing) -> dict[s
     for gi, group in enumerate(groups):
         for key, value in group.items():
             if key not in ("params", "param_names"):
-                on_cpu = isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1
-                out[f"{key} of group {gi}"] = float(value) if on_cpu else repr(value)
+                told = isinstance(value, Tensor) and not value.is_meta  # repr would name the process's own device
+                out[f"{key} of group {gi}"] = value.tolist() if told else repr(value)
     return out

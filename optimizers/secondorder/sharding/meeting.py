@@ -87,8 +87,13 @@ def _compare(who: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], rank:
     for name, facts in ours["parameters"].items():
         for field, value in facts.items():
             _same(who, f"{field} of parameter {name!r}", value, theirs["parameters"][name][field], rank)
-    for field in sorted(ours["facts"].keys() | theirs["facts"].keys()):
-        _same(who, field, ours["facts"].get(field), theirs["facts"].get(field), rank)
+    compare_facts(who, ours["facts"], theirs["facts"], rank)
+
+
+def compare_facts(who: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], rank: int) -> None:
+    """Raise ValueError for what is not the same on process 0 (`ours`) and on process `rank`."""
+    for field in sorted(ours.keys() | theirs.keys()):
+        _same(who, field, ours.get(field), theirs.get(field), rank)
 
 
 def _same(who: str, what: str, ours: Any, theirs: Any, rank: int) -> None:

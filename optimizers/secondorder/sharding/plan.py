@@ -10,7 +10,6 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,38 +19,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from secondorder.layout.blocks import Fold
 from secondorder.layout.buckets import BaseBucket, Bucket, Candidate, factor_dtype
-from secondorder.layout.faces import Layout, streams
+from secondorder.layout.faces import Layout
 from secondorder.layout.plan import Flags, Group, SinglePlan, kept, measure, moved, refuse, scaled, square
 from secondorder.layout.schedule import writes
 from secondorder.sharding.costs import cost, phases, state_bytes
-from secondorder.sharding.hook import OwnerHook
-from secondorder.sharding.meeting import Meeting
+from secondorder.sharding.hook import OwnerHook, put
+from secondorder.sharding.meeting import Meeting, compare_facts
 from secondorder.sharding.owners import Item, assign
-from secondorder.sharding.regions import Box, Cell, cells
+from secondorder.sharding.regions import cells
 from secondorder.sharding.report import PlanReport, made_report
-from secondorder.sharding.routes import Patch, holders, patches, sources
-from secondorder.sharding.wire import Segment, Wire
+from secondorder.sharding.routes import Patch, holders
+from secondorder.sharding.traffic import Traffic
+from secondorder.sharding.wire import Wire
 
 Key = tuple[int, tuple[int, ...]]
-
-
-@dataclass
-class _Inward:
-    """How gradients (and parameters) come into a bucket of ours."""
-
-    local: list[tuple[str, Patch, Tensor]] = field(default_factory=list)  # stream, what is stored here, its place
-    targets: list[Tensor] = field(default_factory=list)
-    arrived: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class _Outward:
-    """How a bucket's updates leave: `(strand of the bucket, patch, update)` for here, and copies for others."""
-
-    local: list[tuple[int, Patch, Tensor]] = field(default_factory=list)
-    strands: list[int] = field(default_factory=list)
-    updates: list[Tensor] = field(default_factory=list)
-    sent: list[Tensor] = field(default_factory=list)
 
 
 class ShardedPlan(SinglePlan):
@@ -62,6 +43,7 @@ class ShardedPlan(SinglePlan):
         rank: This one in the group.
         world: How many there are.
         owners: By block, its owner. Blocks keep theirs when others come.
+        traffic: Routes and buffers.
         inward: The first collective.
         outward: The second.
         failures: Failed refreshes and statistics on all processes, 0-d.
@@ -74,16 +56,12 @@ class ShardedPlan(SinglePlan):
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.owners: dict[Key, int] = {}
         self.meeting = Meeting(group)
+        self.traffic: Traffic | None = None
         self.inward: Wire | None = None
         self.outward: Wire | None = None
         self.failures: Tensor | None = None
         self.hook = hook
         self._device = torch.device("cpu")
-        self._sends: list[tuple[str, Patch, Tensor]] = []
-        self._in: dict[int, _Inward] = {}
-        self._out: dict[int, _Outward] = {}
-        self._incoming: list[tuple[Candidate, Patch, Tensor]] = []
-        self._viewable: dict[tuple[int, Box], bool] = {}
         self._said: tuple[Any, Tensor] = ((), torch.zeros(0))
         self._counters: list[Tensor] = []
 
@@ -165,103 +143,29 @@ class ShardedPlan(SinglePlan):
 
     def bind(self, layout: Layout) -> None:
         """See `Plan`: routes from storage to owners and back, and the buffers of both collectives."""
-        devices = {p.device for p in layout.params}
-        if len(devices) > 1:
-            found = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"sharded parameters of one optimizer must be on one device, got {found}")
-        self._device = devices.pop() if devices else torch.device("cpu")
-        self._said = ((), torch.zeros(0))
         super().bind(layout)
-        self._in, self._out, self._incoming, self._sends, self._viewable = {}, {}, [], [], {}
-        at = {}
-        for b in layout.buckets:
-            if isinstance(b, Bucket):
-                numbers: dict[int, int] = defaultdict(int)
-                for j, (r, _) in enumerate(b.strands):
-                    at[id(b.pieces[r]), numbers[r]] = (b, j)
-                    numbers[r] += 1
-                self._in[id(b)], self._out[id(b)] = _Inward(), _Outward()
-        self._counters = [b.s["failures"] for b in layout.buckets if isinstance(b, Bucket)]
-        sends: list[list[tuple[Segment, Any]]] = [[] for _ in range(self.world)]
-        receives: list[list[tuple[Segment, Any]]] = [[] for _ in range(self.world)]
-        leaves: list[list[tuple[Segment, Any]]] = [[] for _ in range(self.world)]
-        arrives: list[list[tuple[Segment, Any]]] = [[] for _ in range(self.world)]
-        for c in layout.candidates:
-            owner = self.owners[self._key(c)]
-            names = ("grad", "param") if "param" in streams(c.bucket, c.hp) else ("grad",)
-            for k, strand in enumerate(c.piece.strands):
-                shape, held = self.meeting.shapes[strand.index], self.meeting.held[strand.index]
-                if owner != self.rank and not patches(strand, shape, held[self.rank]):
-                    continue
-                b, j = at.get((id(c.piece), k), (None, 0))
-                dtype = c.bucket.param_dtype
-                for source, patch in sources(strand, shape, held, owner, c.position):
-                    for name in names:
-                        if source == owner == self.rank:
-                            self._in[id(b)].local.append((name, patch, b.work_rows[name][j][patch.at]))
-                        elif source == self.rank:
-                            sends[owner].append((Segment(patch.shape, dtype), (name, patch)))
-                        elif owner == self.rank:
-                            place = b.work_rows[name][j][patch.at]
-                            receives[source].append((Segment(patch.shape, dtype), (self._in[id(b)], place)))
-                for target, patch in holders(strand, shape, held):
-                    if owner == target == self.rank:
-                        self._out[id(b)].local.append((j, patch, b.work_rows["update"][j][patch.at]))
-                    elif owner == self.rank:
-                        update = b.work_rows["update"][j][patch.at]
-                        leaves[target].append((Segment(patch.shape, c.bucket.dtype), (self._out[id(b)], j, update)))
-                    elif target == self.rank:
-                        arrives[owner].append((Segment(patch.shape, c.bucket.dtype), (c, patch)))
-        if self.hook is not None:
-            self.hook.follow(layout, [self.owners[self._key(c)] for c in layout.candidates])
-            for source, patch, dtype in self.hook.loose:
-                segment = Segment(patch.shape, dtype)
-                for target in range(self.world):
-                    if source == self.rank != target:
-                        sends[target].append((segment, ("grad", patch)))
-                if source != self.rank:
-                    receives[source].append((segment, (None, patch)))
-        self.inward = self._wire(sends, receives, _WORDS + (self.hook is not None))
-        self.outward = self._wire(leaves, arrives, 1)
-        for segments, views in zip(sends, self.inward.outgoing, strict=True):
-            self._sends += [(name, patch, view) for (_, (name, patch)), view in zip(segments, views, strict=True)]
-        for segments, views in zip(receives, self.inward.incoming, strict=True):
-            for (_, (route, place)), view in zip(segments, views, strict=True):
-                if route is None and self.hook is not None:
-                    self.hook.arrived.append((place, view))
-                else:
-                    route.targets.append(place)
-                    route.arrived.append(view)
-        for segments, views in zip(leaves, self.outward.outgoing, strict=True):
-            for (_, (way, j, update)), view in zip(segments, views, strict=True):
-                way.strands.append(j)
-                way.updates.append(update)
-                way.sent.append(view)
-        for segments, views in zip(arrives, self.outward.incoming, strict=True):
-            self._incoming += [(c, patch, view) for (_, (c, patch)), view in zip(segments, views, strict=True)]
+        words = (_WORDS + (self.hook is not None), 1)
+        owners = [self.owner(c) for c in layout.candidates]
         stored = [self.local(p) for p in layout.params]
-        own = [patch for way in self._out.values() for _, patch, _ in way.local]
-        for patch in [*own, *(patch for _, patch, _ in self._incoming)]:
-            where = patch.index, patch.cell.box
-            if where not in self._viewable:
-                self._viewable[where] = patch.cell.viewable(stored[patch.index])
-
-    def _wire(self, out: Sequence[Sequence[Any]], back: Sequence[Sequence[Any]], words: int) -> Wire:
-        sent, received = ([[segment for segment, _ in part] for part in parts] for parts in (out, back))
-        return Wire(self.group, self.rank, self._device, sent, received, words)
+        who = self.group, self.rank, self.world
+        self.traffic = Traffic(*who, layout, self.meeting, owners, self.hook, words, stored)
+        self.inward, self.outward = self.traffic.inward, self.traffic.outward
+        self._device = layout.params[0].device if layout.params else torch.device("cpu")
+        self._counters = [b.s["failures"] for b in layout.buckets if isinstance(b, Bucket)]
+        self._said = ((), torch.zeros(0))
 
     # ------------------------------------------------------------------ a step
 
     def flags(self, params: Sequence[Tensor], groups: Sequence[Group]) -> Flags:
         """See `Plan`. Gradients leave for the owners, with what this process thinks of them."""
-        assert self.inward is not None and self.outward is not None
+        assert self.traffic is not None and self.inward is not None and self.outward is not None
         grads = [self._local_grad(p) for p in params]
         norms, verdicts = measure(grads if self.hook is None else self.hook.parts(grads))
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         counted = square(norms, self.meeting.first if self.hook is None else None)
         ok = torch.stack([*verdicts.values()]).all() if verdicts else torch.ones_like(total, dtype=torch.bool)
         told = torch.stack([ok.to(total), total if counted is None else counted])
-        self._send(grads, params)
+        self.traffic.load(grads, [self.local(p) for p in params])
         ratio = [] if self.hook is None else [self.hook.ratio(params, norms)]
         said = self.inward.exchange(torch.cat([told, self._agreed(grads, groups), *ratio]))
         agree = (said[:, 2:_WORDS] == said[:1, 2:_WORDS]).all()
@@ -284,20 +188,6 @@ class ShardedPlan(SinglePlan):
             self._said = (present, rates), torch.tensor(words, dtype=torch.float64).to(self._device)
         return self._said[1]
 
-    def _send(self, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
-        views, values, absent = [], [], []
-        for name, patch, view in self._sends:
-            source = grads[patch.index] if name == "grad" else self.local(params[patch.index])
-            if source is None:
-                absent.append(view)
-            else:
-                views.append(view)
-                values.append(patch.cut(source))
-        if views:
-            torch._foreach_copy_(views, values)
-        if absent:
-            torch._foreach_zero_(absent)
-
     def _local_grad(self, p: Tensor) -> Tensor | None:
         grad = p.grad
         if isinstance(grad, DTensor) and isinstance(p, DTensor):
@@ -311,17 +201,8 @@ class ShardedPlan(SinglePlan):
         if not isinstance(b, Bucket):
             super().stage(b, stored, flags)
             return
-        route = self._in[id(b)]
-        if not all(flags.grads[strand.index] is not None for _, strand in b.strands):
-            b.work["grad"].zero_()
-        targets, values = list(route.targets), list(route.arrived)
-        for name, patch, target in route.local:
-            source = flags.grads[patch.index] if name == "grad" else stored[patch.index]
-            if source is not None:
-                targets.append(target)
-                values.append(patch.cut(source))
-        if targets:
-            torch._foreach_copy_(targets, values)
+        assert self.traffic is not None
+        self.traffic.unload(b, flags.grads, stored)
         refuse(b, flags)
 
     def commit(self, b: BaseBucket, stored: Sequence[Tensor], flags: Flags, hp: Group, rows: Sequence[int]) -> None:
@@ -329,32 +210,27 @@ class ShardedPlan(SinglePlan):
         if not isinstance(b, Bucket):
             super().commit(b, stored, flags, hp, rows)
             return
-        lr, way = scaled(b, hp), self._out[id(b)]
-        chosen = set(moved(b, flags, rows))
-        found = [(patch, update) for j, patch, update in way.local if j in chosen]
-        self._write(found, stored, lr, kept(b.dtype, flags.ok[b.device], hp), b.method.decay_after)
-        if way.sent:
-            idle = [update for j, update in zip(way.strands, way.updates, strict=True) if j not in chosen]
-            if idle:  # left by another bucket
-                torch._foreach_zero_(idle)
-            torch._foreach_copy_(way.sent, way.updates)
+        assert self.traffic is not None
+        lr = scaled(b, hp)
+        found = self.traffic.hand_over(b, set(moved(b, flags, rows)))
+        self.traffic.write(found, stored, lr, kept(b.dtype, flags.ok[b.device], hp), b.method.decay_after)
 
     def finish(self, stored: Sequence[Tensor], flags: Flags, groups: Sequence[Group], calls: Sequence[int]) -> None:
         """See `Plan`: updates come back."""
-        assert self.outward is not None
+        assert self.traffic is not None and self.outward is not None
         self.failures = self.outward.exchange(self._failed())[:, 0].sum()
         if not stored:
             return
         present = flags.present
         by_kind: dict[tuple[int, bool, torch.dtype], list[tuple[Patch, Tensor]]] = defaultdict(list)
-        for c, patch, update in self._incoming:
+        for c, patch, update in self.traffic.incoming:
             method, lead = c.bucket.method, c.piece.index
             if present[patch.index] and writes(method, groups[c.bucket.group], calls[lead]):
                 by_kind[c.bucket.group, method.decay_after, c.bucket.dtype].append((patch, update))
         for (group, decay_after, dtype), found in by_kind.items():
             hp = groups[group]
             lr = 1.0 if isinstance(hp["lr"], Tensor) else float(hp["lr"])  # a tensor is in the update already
-            self._write(found, stored, lr, kept(dtype, flags.ok[self._device], hp), decay_after)
+            self.traffic.write(found, stored, lr, kept(dtype, flags.ok[self._device], hp), decay_after)
 
     def _failed(self) -> Tensor:
         """Failures on this process so far, `(1,)`."""
@@ -362,44 +238,18 @@ class ShardedPlan(SinglePlan):
             return torch.zeros(1, dtype=torch.float64, device=self._device)
         return torch.cat(self._counters).sum(0, keepdim=True, dtype=torch.float64)
 
-    def _write(
-        self,
-        found: Sequence[tuple[Patch, Tensor]],
-        stored: Sequence[Tensor],
-        lr: float,
-        keep: Tensor | None,
-        decay_after: bool,
-    ) -> None:
-        """`p <- (1 - lr wd) p - lr u` on patches of what is stored here."""
-        if not found:
-            return
-        copies: dict[tuple[int, Box], tuple[Cell, Tensor]] = {}
-        targets = []
-        for patch, _ in found:
-            where = patch.index, patch.cell.box
-            if self._viewable[where]:
-                targets.append(patch.cut(stored[patch.index]))
-                continue
-            if where not in copies:
-                copies[where] = patch.cell, patch.cell.face(stored[patch.index])
-            targets.append(copies[where][1][patch.inside])
-        if keep is not None and not decay_after:
-            torch._foreach_mul_(targets, keep)
-        torch._foreach_add_(targets, [update for _, update in found], alpha=-lr)
-        if keep is not None and decay_after:
-            torch._foreach_mul_(targets, keep)
-        for (index, _), (cell, copy) in copies.items():
-            cell.put(stored[index], copy)
-
     # ------------------------------------------------------------------ together
 
     def row_sums(self, index: int, grad: Tensor, view: tuple[int, ...], fold: Fold | None) -> Tensor:
-        """See `Plan`: nothing of what an earlier process stores too."""
+        """See `Plan`: nothing of what an earlier process stores too, or of what the hook left to others."""
         out = torch.zeros(view[0], dtype=factor_dtype(grad.dtype), device=grad.device)
-        if self.meeting.first[index]:
+        if self.hook is not None:
+            whole, grad = grad, torch.zeros_like(grad)
+            put([(patch, grad, patch.cut(whole)) for patch in self.hook.valid if patch.index == index])
+        if self.hook is not None or self.meeting.first[index]:
             for cell in cells(self.meeting.shapes[index], view, fold, self.meeting.held[index][self.rank]):
-                rows = slice(*cell.box[0])
-                out[rows] += cell.face(grad).flatten(1).sum(1)
+                face = cell.face(grad)
+                out[slice(*cell.box[0])] += face if len(view) == 1 else face.flatten(1).sum(1)
         return out
 
     def merge(self, rows: Tensor) -> Tensor:
@@ -419,15 +269,17 @@ class ShardedPlan(SinglePlan):
         whole = self.merge(norms.square() * first.to(norms.device)).sqrt()
         return whole.to(update.dtype) / sizes.to(update.device) ** 0.5
 
-    def agree(self, fault: Exception | None) -> None:
+    def agree(self, fault: Exception | None, who: str, facts: Mapping[str, Any]) -> None:
         """See `Plan`."""
-        text = None if fault is None else str(fault)
-        faults = [text] * self.world
+        mine: Any = (None if fault is None else str(fault), facts)
+        every = [mine] * self.world
         if self.world > 1:
-            dist.all_gather_object(faults, text, group=self.group)
-        found = [f"process {rank}: {text}" for rank, text in enumerate(faults) if text is not None]
+            dist.all_gather_object(every, mine, group=self.group)
+        found = [f"process {rank}: {text}" for rank, (text, _) in enumerate(every) if text is not None]
         if found:
             raise ValueError("; ".join(found))
+        for rank, (_, theirs) in enumerate(every):
+            compare_facts(who, every[0][1], theirs, rank)
 
 
 _RATES = ("lr", "weight_decay")
