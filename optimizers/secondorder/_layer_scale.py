@@ -62,7 +62,7 @@ def applied(sites: Sequence[Site], at: Mapping[int, int], plan: Plan, flags: Fla
         grad = flags.grads[at[id(p)]]
         if grad is not None:
             rows, fold = rule.groups * rule.d_out, None if rule.fold is None else Fold(*rule.fold)
-            view, fold = ((rows, 1), None) if p is site.bias else ((rows, rule.d_in), fold)
+            view, fold = ((rows,), None) if p is site.bias else ((rows, rule.d_in), fold)
             out[site] = plan.row_sums(at[id(p)], grad, view, fold)
     return out
 

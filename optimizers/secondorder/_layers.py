@@ -49,8 +49,8 @@ class LayerOptimizer(PreconditionedOptimizer):
 
     Raw sums are added up over the ranks whose gradients are averaged: those of `process_group`, of the plan where
     parameters are sharded, of the DDP wrapper that is given as module or in whose forward pass the network is seen to
-    run uncompiled; else there is this process alone. With a loss that is a sum, DDP's average is that of a loss over
-    the number of ranks: multiply it back.
+    run uncompiled; else there is this process alone. Where blocks have owners, matrices go to these alone. With a loss
+    that is a sum, DDP's average is that of a loss over the number of ranks: multiply it back.
     """
 
     shared_options = LAYERS
@@ -157,6 +157,7 @@ class LayerOptimizer(PreconditionedOptimizer):
             site.active = site.active or not site.leaves
         self._references = references(self._capture.sites, wanted, weights)
         self._capture.install(wanted, dtypes)
+        self._sums.follow(leaf for site in wanted for leaf in site.flat)
         self._fresh = True
 
     def _seen(self) -> tuple[Any, ...]:
@@ -492,7 +493,8 @@ class LayerOptimizer(PreconditionedOptimizer):
             found = [b for b in layout.buckets if isinstance(b, Bucket) and "moment" in b.s]
             blocks.bind_frames(layout, self._capture, (pair for b in found for pair in bases(b)))
             return
-        self._reduction = Reduction(plan, layout.params[0].device, blocks.readers(layout, self._capture, plan.owner))
+        device = next((p.device for p in layout.params), torch.device("cpu"))
+        self._reduction = Reduction(plan, device, blocks.readers(layout, self._capture, plan.owner))
         self._frames = Frames(plan, layout)
         blocks.bind_frames(layout, self._capture, self._frames.bases())
         self._frames.share_all()

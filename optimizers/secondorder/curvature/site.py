@@ -59,6 +59,8 @@ class Site:
         self.name, self.rule, self.names = name, rule, names
         self.module = weakref.ref(module)
         self.weight, self.bias = (getattr(module, key, None) for key in names)
+        held = (self.weight, self.bias)
+        self._parts = [tuple(p.shape) if p is not None and is_distributed(p) else None for p in held]
         self.sharing: Callable[[], str] = lambda: "expand"
         self.active, self.quiet, self.with_inputs = False, False, True
         self.replicas: Any = None
@@ -131,7 +133,7 @@ class Site:
         Under FSDP2, passes without synchronisation leave no gradient yet: it must have come, and gone.
         """
         held = [p for p in (self.weight, self.bias) if p is not None]
-        if all(p.grad is None for p in held) and (self.arrived or not any(map(is_distributed, held))):
+        if all(p.grad is None for p in held) and (self.arrived or self._parts == [None, None]):
             self.clear()
 
     def arrive(self, p: Tensor) -> None:
@@ -159,8 +161,10 @@ class Site:
         It is not where parameters were replaced, or torch.func calls the module with others. FSDP2 puts the whole
         parameter in the place of the sharded one, from before a forward pass until it is sharded again.
         """
-        own = zip(self.names, (self.weight, self.bias), strict=True)
-        return all(_stands_for(getattr(module, key, None), p) for key, p in own)
+        weight, bias = (getattr(module, key, None) for key in self.names)
+        return (weight is self.weight or _is_whole(weight, self._parts[0])) and (
+            bias is self.bias or _is_whole(bias, self._parts[1])
+        )
 
     def __deepcopy__(self, memo: Any) -> Nothing:
         return Nothing()  # a copied module's hooks are copies too, and the optimizer belongs to the original
@@ -257,10 +261,9 @@ def is_distributed(t: Tensor) -> bool:
     return any(base.__name__ == "DTensor" for base in type(t).__mro__)
 
 
-def _stands_for(found: Any, p: Tensor | None) -> bool:
-    if found is p:
-        return True
-    return p is not None and is_distributed(p) and isinstance(found, nn.Parameter) and found.shape == p.shape
+def _is_whole(found: Any, shape: tuple[int, ...] | None) -> bool:
+    """Whether this may be what FSDP2 made of its parts of a parameter of this shape; None: there are no parts."""
+    return shape is not None and isinstance(found, nn.Parameter) and tuple(found.shape) == shape
 
 
 def _transformed() -> bool:

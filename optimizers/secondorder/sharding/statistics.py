@@ -87,7 +87,7 @@ class Reduction:
             readers: By leaf, the ranks whose blocks are made of it; every rank must give the same.
         """
         self._plan, self._device, self._readers = plan, device, readers
-        self._courses: dict[tuple[Site, ...], _Course] = {}
+        self._course: _Course | None = None
         self.sent = self.exchanges = 0
 
     def totals(self, capture: Capture, applied: Mapping[Site, Tensor]) -> tuple[Totals, dict[Site, Tensor]]:
@@ -103,12 +103,12 @@ class Reduction:
         Returns:
             The sums, and those of `applied`.
         """
-        sites = tuple(site for site in capture.sites if site.leaves and site.active)
+        sites = [site for site in capture.sites if site.leaves and site.active]
         if not sites:
             return {}, {}
-        if sites not in self._courses:
-            self._courses = {sites: _Course(self._plan, self._device, self._readers, sites)}
-        course = self._courses[sites]
+        if self._course is None or self._course.sites != sites:
+            self._course = _Course(self._plan, self._device, self._readers, sites)
+        course = self._course
         received = {site: capture.received(site) for site in sites}
         came = torch.tensor([float(received[site] is not None) for site in sites], dtype=torch.float64)
         terms = torch.zeros(()) if capture.terms is None else capture.terms
@@ -143,7 +143,7 @@ class _Course:
     def __init__(
         self, plan: Any, device: torch.device, readers: Mapping[Leaf, Collection[int]], sites: Sequence[Site]
     ) -> None:
-        self.rank, self.world = plan.rank, plan.world
+        self.sites, self.rank, self.world = list(sites), plan.rank, plan.world
         self.leaves: list[Leaf] = []
         self.kinds: list[_Kind] = []
         going: list[list[int]] = [[] for _ in range(self.world)]  # by rank, the leaves whose sums it is to have
