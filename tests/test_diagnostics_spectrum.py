@@ -214,3 +214,19 @@ def test_what_is_no_count_is_refused(samples):
     model = perceptron()
     with pytest.raises(ValueError, match="samples"):
         secondorder.KFAC(model.parameters(), module=model).track(samples=samples)
+
+
+def test_a_bias_in_a_group_of_its_own_has_a_rank():
+    """A block with one axis: its spectrum is that of its one factor."""
+    layer = nn.Linear(5, 4).double()
+    groups = [{"params": [layer.weight]}, {"params": [layer.bias]}]
+    optimizer = secondorder.KFAC(groups, module=layer)
+    for step in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(layer(normal(8, 5, seed=step).double()), normal(8, 4, seed=9 + step).double()).backward()
+        optimizer.step()
+    found = optimizer.diagnostics(full=True)
+    (ours,) = (value for key, value in found.items() if key.endswith("group1.4/effective_rank_0"))
+    d = torch.linalg.eigvalsh(optimizer.state[layer.bias]["covariance_0"])
+    p = d / d.sum()
+    assert ours == pytest.approx(float((-p * p.log()).sum().exp()), rel=1e-3)

@@ -231,7 +231,8 @@ def _spectral(b: BaseBucket, hp: dict[str, Any]) -> dict[str, Tensor]:
     held = b.method.held(s, c)
     curvature = (found[1] if held is None else held[1])[live].clamp_min(0)
     for i in sorted((*b.modes, *b.diagonal)):
-        sums = curvature.movedim(i + 1, 1).flatten(2).sum(2)
+        turned = curvature.movedim(i + 1, 1)
+        sums = turned.reshape(*turned.shape[:2], -1).sum(2)
         p = sums / sums.sum(1, keepdim=True)
         out[f"effective_rank_{i}"] = torch.special.entr(p).sum(1).exp()
     values = curvature.flatten()

@@ -11,8 +11,8 @@ from torch import nn
 
 import cases
 import secondorder
-from secondorder.sharding.choice import Sharing
 from cases import parameters
+from secondorder.sharding.choice import Sharing
 
 # torch's own tests construct with `params=None` and expect the complaint about the hyper-parameter.
 BAD_VALUES = [
