@@ -7,6 +7,12 @@ from distributed import pool, worlds
 
 pytestmark = pytest.mark.dist
 
+QUICK = ("SOAP", "KLShampoo", "SIRFShampoo", "InverseFreeKLShampoo", "AdamW")
+CLASSES = [
+    pytest.param(case, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+    for case in cases.OPTIMIZERS
+    for name in [case.cls.__name__]
+]
 WORLDS = [(layout, world) for layout, sizes in worlds.LAYOUTS.items() for world in sizes]
 
 
@@ -15,6 +21,7 @@ def alone(case, options, **more):
     return worlds.trained(0, 1, case.cls.__name__, "owners", options, **more)
 
 
+@pytest.mark.parametrize("case", CLASSES)
 @pytest.mark.parametrize(("layout", "world"), WORLDS, ids=lambda v: str(v).replace(" ", "_"))
 def test_parameters_have_the_bits_of_one_process(case, layout, world):
     options = {"reproducible": True}
