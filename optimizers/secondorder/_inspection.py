@@ -79,7 +79,8 @@ class Inspection(torch.optim.Optimizer):
             parameters*, preconditioned_blocks*, fallback_parameters*, blocks+, elements+: how many
             state_bytes, workspace_bytes*: memory
             refused_steps*: steps that were skipped, because gradients were not finite or too large
-            refresh_failures: refreshes and statistics that were refused; a factor kept its last good value
+            refresh_failures: refreshes and statistics that were refused, where a factor kept its last good value;
+                updates of blocks that were not finite, and left out
             waiting_blocks* (waiting+): blocks without any update yet
             skipped_updates_max: most calls in which a parameter had a gradient and a block of it took no update
             steps_since_refresh_max: age of the oldest basis or root

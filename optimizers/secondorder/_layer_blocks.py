@@ -347,6 +347,11 @@ def sharing(group: Group, site: Site) -> Callable[[], str]:
     return chosen
 
 
+def limit(group: Group) -> Callable[[], int | None]:
+    """Of how many rows statistics are taken, whenever it is asked."""
+    return lambda: group["statistic_rows"]
+
+
 def bind_frames(layout: Layout, capture: Capture, bases: Iterable[tuple[Piece, Mapping[int, Tensor]]]) -> None:
     """Show the sites the eigenbases of their blocks.
 

@@ -150,7 +150,7 @@ class LayerOptimizer(PreconditionedOptimizer):
             if kept is None and apart is None:
                 continue
             group = (kept or apart)[1]  # type: ignore[index]
-            site.sharing = blocks.sharing(group, site)
+            site.sharing, site.limit = blocks.sharing(group, site), blocks.limit(group)
             moment = "moment" in self._method(group).statistics((1, 1), (0, 1), ())
             wanted[site] = blocks.wants(site, kept and kept[0], apart and apart[0], moment)
             dtypes[site] = factor_dtype((site.weight if kept is not None else site.bias).dtype)  # type: ignore[union-attr]

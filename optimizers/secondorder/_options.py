@@ -64,6 +64,7 @@ class KroneckerOptions(BlockOptions, total=False):
 class LayerOptions(KroneckerOptions, total=False):
     """Options of every optimizer with layer statistics (see `LAYERS`)."""
 
+    statistic_rows: int | None
     sharing: Literal["auto", "expand", "reduce", "none"]
     sides: Literal["both", "inputs"]
     loss_reduction: Literal["mean", "sum"]
@@ -257,6 +258,13 @@ LAYERS: dict[str, Option] = {
     "fallback_lr_scale": KRONECKER["fallback_lr_scale"]._replace(default=0.3),
     # Natural gradients grow as gradients vanish, and so do clips in their metric; this bounds what is left of that.
     "max_update_rms": KRONECKER["max_update_rms"]._replace(default=10.0),
+    "statistic_rows": Option(
+        None,
+        "None or an int >= 1",
+        optional(is_count),
+        "of how many rows (tokens, positions, samples) of a layer in every backward pass statistics are taken, chosen "
+        "evenly; they are scaled up to all. None: of all.",
+    ),
     "sharing": Option(
         "expand",
         *one_of("auto", "expand", "reduce", "none"),

@@ -25,8 +25,8 @@ FAILURES = {
     "refused_steps": "a step was refused, because a gradient was not finite or too large (of several processes: on one "
     "of them, or they disagree on learning rates or on which parameters have gradients); state and parameters are as "
     "they were",
-    "refresh_failures": "a decomposition failed, or a layer statistic was not finite; the factor keeps its last good "
-    "value",
+    "refresh_failures": "a decomposition failed, or a layer statistic was not finite: the factor keeps its last good "
+    "value; or the update of a block was not finite, and was left out",
 }
 
 

@@ -204,6 +204,10 @@ def _advance(b: Bucket, flags: Flags, hp: Group, calls: Sequence[int]) -> Held:
         rows.s["count"].add_(rows.c.gate.to(torch.float32))
         taken[rows.part] = rows.c.gate
         update, moment = _direction(b, rows.s, rows.x, rows.c)
+        finite = torch.linalg.vector_norm(update, dim=tuple(range(1, update.ndim))).isfinite()
+        if not known(finite):
+            update = torch.where(b.expand(finite, update), update, 0.0)
+            rows.s["failures"].add_((~finite).to(torch.float32))
         rows.put_update(update)
         if slopes is not None:
             slopes[rows.part] = (update * moment).flatten(1).sum(1, dtype=slopes.dtype)

@@ -10,6 +10,7 @@ import cases
 import secondorder
 from cases import assert_same_bits, assert_same_state, feed, flat_state, gradient, parameters, values
 from secondorder import linalg
+from secondorder.layout.buckets import Bucket
 
 BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "too large": 1e30}
 
@@ -290,6 +291,28 @@ class TestDecompositions:
         cases.train(optimizer, params, range(9))
         assert all(torch.isfinite(p).all() for p in params)
         assert optimizer.diagnostics()["refresh_failures"] > 0
+
+    @pytest.mark.filterwarnings("ignore:.*was left out")
+    def test_update_that_is_not_finite_is_left_out(self, case, monkeypatch):
+        params = parameters([(6, 5), (6, 5)])
+        optimizer = case.make(params, weight_decay=0.0)
+        cases.train(optimizer, params, range(4))
+        (bucket, *_) = [b for b in optimizer._current().buckets if isinstance(b, Bucket)] or [None]
+        if bucket is None:
+            pytest.skip("no blocks")
+        apply, before = type(bucket.method).apply, values(params)
+
+        def spoiled(self, s, moment, x, c):
+            out = apply(self, s, moment, x, c).clone()
+            out[0] = torch.inf
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(bucket.method), "apply", spoiled)
+            cases.train(optimizer, params, [4])
+        assert_same_bits([params[0]], [before[0]])
+        assert not torch.equal(params[1], before[1])
+        assert optimizer.diagnostics()["refresh_failures"] == 1
 
     def test_failures_are_warned_about_once(self, monkeypatch):
         active = [True]

@@ -44,6 +44,7 @@ class Site:
         module: Weak reference to the module.
         rule: How it maps to the normal form.
         sharing: A callable that gives `"expand"` or `"reduce"` when asked.
+        limit: A callable that gives the number of rows of which statistics are taken, or None for all.
         active: Whether the next forward pass is captured.
         quiet: A captured forward pass hands over nothing in its backward pass (Fisher statistics came before).
         with_inputs: Input factors are wanted in this backward pass (not in the later ones of a Fisher pass).
@@ -62,6 +63,7 @@ class Site:
         held = (self.weight, self.bias)
         self._parts = [tuple(p.shape) if p is not None and is_distributed(p) else None for p in held]
         self.sharing: Callable[[], str] = lambda: "expand"
+        self.limit: Callable[[], int | None] = lambda: None
         self.active, self.quiet, self.with_inputs = False, False, True
         self.replicas: Any = None
         self.refused: str | None = None
@@ -205,14 +207,42 @@ class Site:
         self, g: Tensor, a: Tensor | None, reduce: bool, saved: tuple[Tensor, ...], group: int
     ) -> dict[str, list[Tensor]]:
         """Statistics of groups that have the same positions."""
-        rule, wants, out = self.rule, self.wants, {}
-        k, n, positions = g.shape[:3]
-        counted = g.abs().amax(-1) != 0 if rule.masks or wants.reference is not None else None  # (k, n, s)
+        rule, total = self.rule, g.shape[1] if reduce else g.shape[1] * g.shape[2]
+        counted = g.abs().amax(-1) != 0 if rule.masks or self.wants.reference is not None else None  # (k, n, s)
         here = counted if rule.masks else None
-        if here is None:
-            rows = g.new_full((k,), n if reduce else n * positions)
+        limit = None if rule.tokens or not rule.d_in else self.limit()
+        if limit is None or total <= limit:
+            out = self._sums(g, a, here, reduce, saved, group)
         else:
-            rows = (here.any(2) if reduce else here.flatten(1)).sum(1).to(g.dtype)
+            some = evenly(total, limit, g.device)
+            few, few_a, few_here = (
+                None if x is None else x[:, some] if reduce else x.flatten(1, 2)[:, some, None] for x in (g, a, here)
+            )
+            assert few is not None
+            out = self._sums(few, few_a, few_here, reduce, saved, group)
+            rows, seen = _count(g, here, reduce), _count(few, few_here, reduce)
+            share = torch.where(seen > 0, rows / seen.clamp_min(1), 0.0)
+            out = {name: [x * share.view(-1, *[1] * (x.ndim - 1)) for x in sums] for name, sums in out.items()}
+            if self.with_inputs:
+                out["rows"] = [rows]
+        if self.wants.reference is not None and counted is not None:
+            out["terms"] = [counted[0].sum().to(g.dtype)[None]]
+            probed = g if self.wants.reference == "bias" or a is None else g * a.sum(-1, keepdim=True)
+            out["probe"] = [probed.sum((1, 2))]
+        return out
+
+    def _sums(
+        self,
+        g: Tensor,
+        a: Tensor | None,
+        here: Tensor | None,
+        reduce: bool,
+        saved: tuple[Tensor, ...],
+        group: int,
+    ) -> dict[str, list[Tensor]]:
+        """Sums over rows; `here (k, n, s)` tells which positions count, None: all."""
+        rule, wants, out = self.rule, self.wants, {}
+        rows = _count(g, here, reduce)
         if self.with_inputs:
             out["rows"] = [rows]
         if wants.outputs is not None:
@@ -241,11 +271,23 @@ class Site:
             else:
                 assert a is not None
                 out["moment"] = moment_sums(a, g, (wants.inputs, wants.outputs), frames, reduce)  # type: ignore[arg-type]
-        if wants.reference is not None and counted is not None:
-            out["terms"] = [counted[0].sum().to(g.dtype)[None]]
-            probed = g if wants.reference == "bias" or a is None else g * a.sum(-1, keepdim=True)
-            out["probe"] = [probed.sum((1, 2))]
         return out
+
+
+def _count(g: Tensor, here: Tensor | None, reduce: bool) -> Tensor:
+    """How many rows count, `(k,)`."""
+    k, n, positions = g.shape[:3]
+    if here is None:
+        return g.new_full((k,), n if reduce else n * positions)
+    return (here.any(2) if reduce else here.flatten(1)).sum(1).to(g.dtype)
+
+
+def evenly(total: int, count: int, device: torch.device) -> Tensor:
+    """`count` of `total` rows, one of each of as many equal stretches, so that they keep to no position of a sample."""
+    i = torch.arange(count, device=device)
+    start, stop = i * total // count, (i + 1) * total // count
+    turn = i * 40503 % 65536  # multiples of the golden section of 2^16: spread evenly, and after no period
+    return start + turn * (stop - start) // 65536
 
 
 class Nothing:
