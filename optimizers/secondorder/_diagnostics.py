@@ -232,7 +232,7 @@ def _spectral(b: BaseBucket, hp: dict[str, Any]) -> dict[str, Tensor]:
     curvature = (found[1] if held is None else held[1])[live].clamp_min(0)
     for i in sorted((*b.modes, *b.diagonal)):
         turned = curvature.movedim(i + 1, 1)
-        sums = turned.reshape(*turned.shape[:2], -1).sum(2)
+        sums = turned.flatten(2).sum(2) if turned.ndim > 2 else turned
         p = sums / sums.sum(1, keepdim=True)
         out[f"effective_rank_{i}"] = torch.special.entr(p).sum(1).exp()
     values = curvature.flatten()

@@ -233,7 +233,7 @@ def test_few_blocks_for_many_ranks_are_almost_balanced(world):
 
 
 @pytest.mark.parametrize(("name", "size"), [("124M", 512), ("1B", 1024), ("8B", 1024), ("8B", 512)])
-@pytest.mark.parametrize("world", [256, 1024, 4096])
+@pytest.mark.parametrize("world", [256, *(pytest.param(world, marks=pytest.mark.slow) for world in (1024, 4096))])
 def test_many_ranks_are_planned_in_seconds_and_within_the_bound(name, size, world):
     items = model(name, size)
     start = time.process_time()

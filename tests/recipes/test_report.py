@@ -114,6 +114,9 @@ def test_a_half_written_line_is_said_and_does_not_hide_the_others(tmp_path, caps
     make_run(tmp_path / "a", ["soap", "adamw"])
     with (tmp_path / "a" / "soap" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "sec')
+    assert labels(tmp_path) == ["adamw", "soap"]  # the last line of a process that was killed
+    with (tmp_path / "a" / "soap" / "metrics.jsonl").open("a") as file:
+        file.write("\n")
     assert labels(tmp_path) == ["adamw"]
     assert "a line is incomplete" in capsys.readouterr().err
 
