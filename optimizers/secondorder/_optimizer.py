@@ -164,11 +164,11 @@ class PreconditionedOptimizer(Inspection):
         self._labels[:] = [labels(group, gi, module) for gi, group in enumerate(self.param_groups)]
 
     def _label(self, group_index: int, index: int) -> Label:
-        group, known = self.param_groups[group_index], self._labels[group_index]
-        if index >= len(known):  # somebody appended to group["params"]
+        group, known = self.param_groups[group_index], self._labels[group_index : group_index + 1]
+        if not known or index >= len(known[0]):  # somebody appended to group["params"], or to param_groups
             module = self._module() if self._module is not None else None
-            known.extend(labels(group, group_index, module)[len(known) :])
-        return known[index]
+            self._labels[group_index : group_index + 1] = known = [labels(group, group_index, module)]
+        return known[0][index]
 
     def _treat(self, p: Tensor, group: Group, group_index: int, index: int) -> tuple[Method, Treatment]:
         _refuse(type(self).__name__, p)
@@ -186,8 +186,10 @@ class PreconditionedOptimizer(Inspection):
     def _arrange(self, layout: Layout) -> None:
         """Give the layout its plan, and let the processes compare what they have."""
         layout.plan = self._chosen_plan(layout)
-        groups = enumerate(self.param_groups)
-        names = {id(p): self._label(gi, i).name for gi, g in groups for i, p in enumerate(g["params"])}
+        names: dict[int, str] = {}
+        for gi, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                names.setdefault(id(p), self._label(gi, i).name)
         facts = group_facts(self.param_groups, self._sharing)
         layout.plan.meet(type(self).__name__, layout.params, [names[id(p)] for p in layout.params], facts)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler as sched
 
 import cases
-from cases import assert_same_bits, feed, gradient, parameters, values
+from cases import assert_same_bits, assert_same_state, feed, flat_state, gradient, parameters, values
 
 
 class TestGroups:
@@ -308,3 +308,14 @@ class TestLearningRate:
                 p.grad = gradient(tuple(p.shape), step, i)
             ours.step()
         assert_same_bits(params[3:], before)
+
+
+def test_groups_that_are_listed_twice_count_once(case):
+    """As in torch's own test of repeated parameters."""
+    params = parameters()
+    optimizer = case.make(params)
+    cases.train(optimizer, params, range(2))
+    before = flat_state(optimizer)
+    optimizer.param_groups.extend(optimizer.param_groups)
+    assert len(optimizer.state_dict()["param_groups"]) == 2
+    assert_same_state(flat_state(optimizer), before)
