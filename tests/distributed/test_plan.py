@@ -35,17 +35,6 @@ WORDS_IN, WORDS_OUT = 4, 1  # float64, to every other rank
 # ---------------------------------------------------------------------- fake worlds
 
 
-def ranges(chosen):
-    """Ascending indices as ranges."""
-    spans = []
-    for i in chosen:
-        if spans and spans[-1][1] == i:
-            spans[-1] = (spans[-1][0], i + 1)
-        else:
-            spans.append((i, i + 1))
-    return tuple(spans)
-
-
 def indices(spans):
     return torch.tensor([i for start, stop in spans for i in range(start, stop)], dtype=torch.int64)
 
@@ -174,7 +163,7 @@ def dealt(generator, n, count):
         owner = sorted(generator.randrange(count) for _ in range(n))
     elif kind == "any":
         owner = [generator.randrange(count) for _ in range(n)]
-    return [ranges(i for i in range(n) if owner[i] == k) for k in range(count)]
+    return [worlds.ranges(i for i in range(n) if owner[i] == k) for k in range(count)]
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -256,7 +245,7 @@ sys.path[:0] = json.loads(sys.argv[1])
 from distributed.test_plan import FakeWorld, ranges
 from secondorder.sharding.regions import everything
 shapes = [(24, 16), (16, 24), (16,), (40, 8), (24, 16)]
-held = [[(ranges(range(r, s[0], 3)), *everything(s)[1:]) for r in range(3)] for s in shapes]
+held = [[(worlds.ranges(range(r, s[0], 3)), *everything(s)[1:]) for r in range(3)] for s in shapes]
 plans = FakeWorld(shapes, held, 3, max_block_size=8).plans
 print(hash("a"), json.dumps(sorted(map(list, plans[2].owners.items()))), sep="\\n")
 """

@@ -36,29 +36,18 @@ def stored(full, held):
     return full.contiguous()
 
 
-def ranges(chosen):
-    """Ascending indices as ranges."""
-    spans = []
-    for i in chosen:
-        if spans and spans[-1][1] == i:
-            spans[-1] = (spans[-1][0], i + 1)
-        else:
-            spans.append((i, i + 1))
-    return tuple(spans)
-
-
 @st.composite
 def some_of(draw, n):
     """Indices of an axis that a process may store: all, none, a run, strided, any."""
     kind = draw(st.sampled_from(["all", "none", "run", "strided", "any"]))
     if kind == "run":
         start = draw(st.integers(0, n))
-        return ranges(range(start, draw(st.integers(start, n))))
+        return worlds.ranges(range(start, draw(st.integers(start, n))))
     if kind == "strided":
-        return ranges(range(draw(st.integers(0, n)), n, draw(st.integers(1, 3))))
+        return worlds.ranges(range(draw(st.integers(0, n)), n, draw(st.integers(1, 3))))
     if kind == "any":
-        return ranges(i for i in range(n) if draw(st.booleans()))
-    return ranges(range(n if kind == "all" else 0))
+        return worlds.ranges(i for i in range(n) if draw(st.booleans()))
+    return worlds.ranges(range(n if kind == "all" else 0))
 
 
 @st.composite

@@ -43,6 +43,17 @@ def placements(layout, value):
     }[layout]
 
 
+def ranges(chosen):
+    """Ascending indices as ranges."""
+    spans = []
+    for i in chosen:
+        if spans and spans[-1][1] == i:
+            spans[-1] = (spans[-1][0], i + 1)
+        else:
+            spans.append((i, i + 1))
+    return tuple(spans)
+
+
 def feed(params, step, mask=None):
     """Give every parameter (of which `mask` says so) its gradient of a step."""
     for index, p in enumerate(params):

@@ -35,17 +35,7 @@ class Meeting:
         self.first: list[bool] = []
 
     def meet(self, who: str, params: Sequence[Tensor], names: Sequence[str], facts: Mapping[str, Any]) -> None:
-        """Compare notes, where anything is new; every process must come.
-
-        Args:
-            who: Name of the optimizer.
-            params: The parameters.
-            names: Their names.
-            facts: What must be the same everywhere, by what it is called.
-
-        Raises:
-            ValueError: On every process, if they differ; names the first difference.
-        """
+        """See `Plan.meet`. Where nothing is new, nobody is asked; else every process must come."""
         names = [_canonical(name) for name in names]
         placed = [(p.shape, p.dtype, getattr(p, "placements", None)) for p in params]
         if self._known == (names, placed):

@@ -64,6 +64,7 @@ class ShardedPlan(SinglePlan):
         self._device = torch.device("cpu")
         self._said: tuple[Any, Tensor] = ((), torch.zeros(0))
         self._counters: list[Tensor] = []
+        self._order: list[int] = []  # parameters, as all processes count them
 
     # ------------------------------------------------------------------ who owns what
 
@@ -151,6 +152,7 @@ class ShardedPlan(SinglePlan):
         self.traffic = Traffic(*who, layout, self.meeting, owners, self.hook, words, stored)
         self.inward, self.outward = self.traffic.inward, self.traffic.outward
         self._device = layout.params[0].device if layout.params else torch.device("cpu")
+        self._order = sorted(range(len(layout.params)), key=self.position)
         self._counters = [b.s["failures"] for b in layout.buckets if isinstance(b, Bucket)]
         self._said = ((), torch.zeros(0))
 
@@ -180,8 +182,7 @@ class ShardedPlan(SinglePlan):
 
     def _agreed(self, grads: Sequence[Tensor | None], groups: Sequence[Group]) -> Tensor:
         """What must be the same everywhere, as two numbers: which parameters have gradients, and the groups' rates."""
-        order = sorted(range(len(grads)), key=self.position)
-        present = bytes(grads[i] is not None for i in order)
+        present = bytes(grads[i] is not None for i in self._order)
         rates = repr([[g[k] for k in _RATES if not isinstance(g.get(k), Tensor)] for g in groups])
         if (present, rates) != self._said[0]:
             words = [float(zlib.crc32(present)), float(zlib.crc32(rates.encode()))]

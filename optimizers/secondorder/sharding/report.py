@@ -9,7 +9,7 @@ from secondorder.layout.buckets import Candidate
 from secondorder.layout.faces import streams
 from secondorder.sharding.costs import cost, state_bytes
 from secondorder.sharding.meeting import Meeting
-from secondorder.sharding.owners import balance
+from secondorder.sharding.paper import PaperPlan
 from secondorder.sharding.routes import holders, sources
 
 
@@ -35,14 +35,12 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
-class PlanReport:
-    """Who owns what, and what travels. Printable.
+class PlanReport(PaperPlan):
+    """Who owns what, and what travels; state and work as of a `PaperPlan`. Printable.
 
     Attributes:
         world: Number of processes.
         blocks: All blocks with factors.
-        state_bytes: State of blocks, by process.
-        operations: Floating-point operations per step, by process.
         sent: Bytes that a step sends, by process, as predicted from the routes: to the owners and back.
         bound: Bytes of gradients and updates that are not where they are needed, by process.
         measured: Bytes that this process has sent per step so far; None before the first.
@@ -51,22 +49,10 @@ class PlanReport:
 
     world: int
     blocks: Sequence[BlockRow]
-    state_bytes: Sequence[int]
-    operations: Sequence[float]
     sent: Sequence[tuple[int, int]]
     bound: Sequence[int]
     measured: tuple[int, int] | None
     steps: int
-
-    @property
-    def state_balance(self) -> float:
-        """Most state of a process over the mean."""
-        return balance(self.state_bytes)
-
-    @property
-    def work_balance(self) -> float:
-        """Most operations of a process over the mean."""
-        return balance(self.operations)
 
     @property
     def over_bound(self) -> float:
@@ -144,4 +130,4 @@ def made_report(
                     outward[owner] += c.bucket.dtype.itemsize * patch.numel
                     bound[owner] += c.bucket.dtype.itemsize * patch.numel
     sent = list(zip(inward, outward, strict=True))
-    return PlanReport(world, rows, state, work, sent, bound, measured, steps)
+    return PlanReport(state, work, world, rows, sent, bound, measured, steps)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secondorder.curvature.capture import Capture
 from secondorder.curvature.site import Site
+from secondorder.sharding.tree import tree
 from secondorder.sharding.wire import Segment, Wire
 
 Leaf = tuple[Site, str, int]  # a site, the name of its statistic, which of them
@@ -59,15 +60,6 @@ def mirrored(totals: Mapping[Site, Mapping[str, Sequence[Tensor]]]) -> Totals:
     chosen = [n for n, leaf in enumerate(leaves) if _symmetric(leaf, values[n].shape)]
     _change(values, chosen, lambda x: unpacked(packed(x)))
     return _nested(leaves, values)
-
-
-def tree(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Sums of lists of tensors, one list a rank, by neighbours, then by neighbours of those."""
-    level = [list(part) for part in parts]
-    while len(level) > 1 and level[0]:
-        pairs = [list(torch._foreach_add(a, b)) for a, b in zip(level[::2], level[1::2], strict=False)]
-        level = pairs + (level[-1:] if len(level) % 2 else [])
-    return level[0]
 
 
 class Reduction:

@@ -2,14 +2,14 @@
 
 Micro-batches 0 .. V-1 of a step are added up as ((g0 + g1) + (g2 + g3)) + ... Where V and the number W of processes are
 powers of two and process r computes micro-batches [rV/W, (r+1)V/W), every process makes a whole subtree of it, and
-what is left is the tree over processes. `summed` is the tree over what is there at once; `TreeSums` that over backward
+what is left is the tree over processes. `tree` is that over what is there at once; `TreeSums` that over backward
 passes that come one after the other.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from secondorder.layout.plan import is_distributed
 
 
+def tree(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Sums of lists of tensors, one list a rank, by neighbours, then by neighbours of those."""
+    level = [list(part) for part in parts]
+    while len(level) > 1 and level[0]:
+        pairs = [list(torch._foreach_add(a, b)) for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + (level[-1:] if len(level) % 2 else [])
+    return level[0]
+
+
 def summed(terms: Tensor) -> Tensor:
-    """`(n, ...)` to `(...)`: neighbours are added up, then neighbours of these; a last one without a partner waits."""
-    while len(terms) > 1:
-        pairs = len(terms) // 2
-        added = terms[0 : 2 * pairs : 2] + terms[1 : 2 * pairs : 2]
-        terms = added if len(terms) == 2 * pairs else torch.cat([added, terms[2 * pairs :]])
-    return terms[0]
+    """`(n, ...)` to `(...)`, by the same tree."""
+    return tree([[term] for term in terms])[0]
 
 
 class _Sum:
