@@ -21,8 +21,8 @@ from torch import Tensor
 from secondorder.layout.buckets import Strand
 from secondorder.layout.faces import Layout
 from secondorder.layout.plan import Norms, measure, square
-from secondorder.sharding.regions import Box, Cell, everything
-from secondorder.sharding.routes import Patch, patches
+from secondorder.sharding.regions import everything
+from secondorder.sharding.routes import Patch, faces, patches
 from secondorder.sharding.tree import summed
 
 Shares = list[list[Patch]]  # by process, what it owns of a parameter
@@ -229,19 +229,8 @@ def flat(index: int, shape: tuple[int, ...], first: int, last: int) -> list[Patc
 
 def put(found: Sequence[tuple[Patch, Tensor, Tensor]]) -> None:
     """Write `(patch, tensor, value)`: a value into a patch of a tensor."""
-    targets = []
-    copies: dict[tuple[int, Box], tuple[Cell, Tensor, Tensor]] = {}
-    for patch, tensor, _ in found:
-        if patch.cell.viewable(tensor):
-            targets.append(patch.cut(tensor))
-            continue
-        where = id(tensor), patch.cell.box
-        if where not in copies:
-            copies[where] = patch.cell, tensor, patch.cell.face(tensor)
-        targets.append(copies[where][2][patch.inside])
-    _copy(targets, [value for _, _, value in found])
-    for cell, tensor, copy in copies.values():
-        cell.put(tensor, copy)
+    with faces([(patch, tensor) for patch, tensor, _ in found]) as targets:
+        _copy(targets, [value for _, _, value in found])
 
 
 def _cut(whole: Tensor, parts: Sequence[Patch]) -> list[Tensor]:

@@ -147,9 +147,8 @@ class ShardedPlan(SinglePlan):
         super().bind(layout)
         words = (_WORDS + (self.hook is not None), 1)
         owners = [self.owner(c) for c in layout.candidates]
-        stored = [self.local(p) for p in layout.params]
         who = self.group, self.rank, self.world
-        self.traffic = Traffic(*who, layout, self.meeting, owners, self.hook, words, stored)
+        self.traffic = Traffic(*who, layout, self.meeting, owners, self.hook, words)
         self.inward, self.outward = self.traffic.inward, self.traffic.outward
         self._device = layout.params[0].device if layout.params else torch.device("cpu")
         self._order = sorted(range(len(layout.params)), key=self.position)

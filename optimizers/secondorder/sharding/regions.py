@@ -105,15 +105,6 @@ class Cell:
         part = local[self.local]
         part.copy_(face.reshape([self.atoms[i] for i in self.order]).permute(back).reshape(part.shape))
 
-    def viewable(self, local: Tensor) -> bool:
-        """Whether `face` shares the local tensor's memory."""
-        part = local.detach()[self.local]
-        try:
-            part.view(self.atoms).permute(self.order).view(self.shape)
-        except RuntimeError:
-            return False
-        return True
-
 
 @lru_cache(maxsize=1 << 14)
 def cells(shape: tuple[int, ...], view: tuple[int, ...], fold: Fold | None, held: Holding) -> tuple[Cell, ...]:

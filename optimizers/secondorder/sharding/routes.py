@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -102,3 +103,19 @@ def holders(strand: Strand, shape: tuple[int, ...], held: Sequence[Holding]) -> 
             known[holding] = patches(strand, shape, holding)
         out += [(rank, patch) for patch in known[holding]]
     return out
+
+
+@contextmanager
+def faces(found: Sequence[tuple[Patch, Tensor]]) -> Iterator[list[Tensor]]:
+    """Patches of local tensors, to be written to; where a view is not possible copies, which then are written back."""
+    known: dict[tuple[int, Box], tuple[Cell, Tensor, Tensor]] = {}
+    out = []
+    for patch, tensor in found:
+        where = id(tensor), patch.cell.box
+        if where not in known:
+            known[where] = patch.cell, tensor, patch.cell.face(tensor)
+        out.append(known[where][2][patch.inside])
+    yield out
+    for cell, tensor, face in known.values():
+        if face.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            cell.put(tensor, face)

@@ -14,8 +14,7 @@ from secondorder.layout.buckets import BaseBucket, Bucket, Candidate
 from secondorder.layout.faces import Layout, streams
 from secondorder.sharding.hook import OwnerHook
 from secondorder.sharding.meeting import Meeting
-from secondorder.sharding.regions import Box, Cell
-from secondorder.sharding.routes import Patch, holders, patches, sources
+from secondorder.sharding.routes import Patch, faces, holders, patches, sources
 from secondorder.sharding.wire import Segment, Wire
 
 
@@ -82,7 +81,6 @@ class Traffic:
         owners: Sequence[int],
         hook: OwnerHook | None,
         words: tuple[int, int],
-        stored: Sequence[Tensor],
     ) -> None:
         """Find the routes, lay out the buffers.
 
@@ -95,7 +93,6 @@ class Traffic:
             owners: The owner of every candidate.
             hook: By which DDP's gradients come to the owners; None: they are whole.
             words: Of each collective.
-            stored: What is stored here of every parameter.
 
         Raises:
             ValueError: If parameters are on several devices.
@@ -129,11 +126,6 @@ class Traffic:
             way.updates.append(update)
             way.sent.append(view)
         self.incoming: list[tuple[Candidate, Patch, Tensor]] = list(arrives.with_views(self.outward.incoming))
-        written = [patch for way in self._ways.values() for _, patch, _ in way.local]
-        self._viewable = {
-            (patch.index, patch.cell.box): patch.cell.viewable(stored[patch.index])
-            for patch in [*written, *(patch for _, patch, _ in self.incoming)]
-        }
 
     def _add(
         self,
@@ -233,23 +225,12 @@ class Traffic:
         """`p <- (1 - lr wd) p - lr u` on patches of what is stored here."""
         if not found:
             return
-        copies: dict[tuple[int, Box], tuple[Cell, Tensor]] = {}
-        targets = []
-        for patch, _ in found:
-            where = patch.index, patch.cell.box
-            if self._viewable[where]:
-                targets.append(patch.cut(stored[patch.index]))
-                continue
-            if where not in copies:
-                copies[where] = patch.cell, patch.cell.face(stored[patch.index])
-            targets.append(copies[where][1][patch.inside])
-        if keep is not None and not decay_after:
-            torch._foreach_mul_(targets, keep)
-        torch._foreach_add_(targets, [update for _, update in found], alpha=-lr)
-        if keep is not None and decay_after:
-            torch._foreach_mul_(targets, keep)
-        for (index, _), (cell, copy) in copies.items():
-            cell.put(stored[index], copy)
+        with faces([(patch, stored[patch.index]) for patch, _ in found]) as targets:
+            if keep is not None and not decay_after:
+                torch._foreach_mul_(targets, keep)
+            torch._foreach_add_(targets, [update for _, update in found], alpha=-lr)
+            if keep is not None and decay_after:
+                torch._foreach_mul_(targets, keep)
 
 
 def _strand_places(layout: Layout) -> dict[tuple[int, int], tuple[Bucket, int]]:
