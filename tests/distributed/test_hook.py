@@ -28,7 +28,7 @@ RUNS += [("fsdp", 1, 2), ("fsdp", 2, 4), ("hsdp", 2, 4)]
 
 @pytest.mark.parametrize(("wrap", "world", "batches"), RUNS)
 @pytest.mark.parametrize(
-    "cls", [pytest.param(cls, marks=[] if cls in ("SOAP", "AdamW") else pytest.mark.slow) for cls in METHODS]
+    "cls", [pytest.param(cls, marks=[] if cls == "SOAP" else pytest.mark.slow) for cls in METHODS]
 )
 def test_training_has_the_bits_of_one_process(cls, wrap, world, batches):
     options = {**METHODS[cls], "reproducible": True}

@@ -7,7 +7,7 @@ from distributed import pool, worlds
 
 pytestmark = pytest.mark.dist
 
-QUICK = ("SOAP", "SIRFShampoo", "InverseFreeKLShampoo", "AdamW")
+QUICK = ("SOAP", "SIRFShampoo", "AdamW")
 CLASSES = [
     pytest.param(case, id=name, marks=[] if name in QUICK else pytest.mark.slow)
     for case in cases.OPTIMIZERS

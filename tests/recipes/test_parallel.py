@@ -23,6 +23,7 @@ MANY_RUNS = Path(__file__).with_name("many_runs.py")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_every_layout_and_every_change_of_it_ends_with_the_bits_of_one_process(
     recipe, tiny_arguments, subprocess_env, tmp_path
