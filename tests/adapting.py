@@ -9,9 +9,15 @@ from cases import normal
 
 CLASSES = [secondorder.KFAC, secondorder.EKFAC]
 BASE = dict(
-    lr=0.1, damping=1e-2, weight_decay=0.0, kl_clip=None,
-    norm_clip=None, max_update_rms=None,
-    momentum="update", refresh_every=1, nesterov=False,
+    lr=0.1,
+    damping=1e-2,
+    weight_decay=0.0,
+    kl_clip=None,
+    norm_clip=None,
+    max_update_rms=None,
+    momentum="update",
+    refresh_every=1,
+    nesterov=False,
 )
 LOSSES = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy, "bce": F.binary_cross_entropy_with_logits}
 

@@ -8,8 +8,13 @@ from torch.utils.checkpoint import checkpoint
 import secondorder
 
 SETTINGS = dict(
-    lr=0.05, damping=1e-2, kl_clip=None,
-    norm_clip=None, momentum="update", refresh_every=2, weight_decay=0.0,
+    lr=0.05,
+    damping=1e-2,
+    kl_clip=None,
+    norm_clip=None,
+    momentum="update",
+    refresh_every=2,
+    weight_decay=0.0,
 )
 D, H, C = 6, 16, 4  # with 16 ReLUs, none has all units off
 

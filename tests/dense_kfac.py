@@ -10,9 +10,16 @@ import secondorder
 from capturing import factors, recorded
 
 SETTINGS = dict(
-    lr=1.0, betas=(0.0, 0.9), damping=0.03, weight_decay=0.0,
-    kl_clip=None, norm_clip=None, max_update_rms=None,
-    momentum="update", refresh_every=1, nesterov=False,
+    lr=1.0,
+    betas=(0.0, 0.9),
+    damping=0.03,
+    weight_decay=0.0,
+    kl_clip=None,
+    norm_clip=None,
+    max_update_rms=None,
+    momentum="update",
+    refresh_every=1,
+    nesterov=False,
 )
 
 

@@ -144,8 +144,14 @@ class Replay:
     """
 
     def __init__(
-        self, model: nn.Module, x: Tensor, y: Tensor, loss: str, reduction: str,
-        head: Callable[[Tensor], Tensor] = lambda out: out, class_dim: int = -1,
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        loss: str,
+        reduction: str,
+        head: Callable[[Tensor], Tensor] = lambda out: out,
+        class_dim: int = -1,
     ) -> None:
         self.model, self.x, self.y, self.loss, self.reduction = model, x, y, loss, reduction
         self.head, self.class_dim = head, class_dim

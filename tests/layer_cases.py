@@ -14,8 +14,13 @@ import secondorder
 
 # Explicit, so that tests do not hang on the defaults that are shipped.
 OPTIONS: dict[str, Any] = dict(
-    lr=0.02, damping=0.3, kl_clip=1e-4,
-    norm_clip=None, momentum="update", weight_decay=0.01, refresh_every=5,
+    lr=0.02,
+    damping=0.3,
+    kl_clip=1e-4,
+    norm_clip=None,
+    momentum="update",
+    weight_decay=0.01,
+    refresh_every=5,
     fallback_lr_scale=1.0,
 )
 ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -82,9 +87,7 @@ def backward(model: nn.Module, step: int, scale: float = 1.0) -> None:
     (F.cross_entropy(model(images, tokens), labels) * scale).backward()
 
 
-def train(
-    model: nn.Module, optimizer: Any, steps: Iterable[int], before: Callable[[int], None] | None = None
-) -> None:
+def train(model: nn.Module, optimizer: Any, steps: Iterable[int], before: Callable[[int], None] | None = None) -> None:
     """Ordinary training; `before` is called between a backward pass and the step."""
     for step in steps:
         optimizer.zero_grad()

@@ -75,8 +75,10 @@ def test_rate_and_momentum_minimize_the_damped_quadratic_model(cls, loss, mode):
             u = operator @ W
             applied += [u[:, :-1].flatten(), u[:, -1]]
             spectrum = optimizer.state[layer.weight]
-            mean = spectrum["moment"].mean() if cls is secondorder.EKFAC else spectrum["eigenvalues_0"].mean() * (
-                spectrum["eigenvalues_1"].mean()
+            mean = (
+                spectrum["moment"].mean()
+                if cls is secondorder.EKFAC
+                else spectrum["eigenvalues_0"].mean() * (spectrum["eigenvalues_1"].mean())
             )
             ridge += [0.3 * mean.expand(layer.weight.numel()), 0.3 * mean.expand(layer.bias.numel())]
         V = torch.stack([torch.cat(applied), last])  # directions to go against

@@ -254,8 +254,10 @@ class Stored:
 
 
 PARITY = dict(momentum="update", nesterov=False, weight_decay_kind="coupled", norm_clip=None, max_update_rms=None)
-FILES = {"singd_seq_f64_dense_expand_batchseq_ingd": secondorder.SINGD,
-         "singd_seqpool_f64_dense_expand_batch_ikfac": secondorder.IKFAC}
+FILES = {
+    "singd_seq_f64_dense_expand_batchseq_ingd": secondorder.SINGD,
+    "singd_seqpool_f64_dense_expand_batch_ikfac": secondorder.IKFAC,
+}
 
 
 def recorded_singd(file, at):
@@ -282,8 +284,14 @@ def recorded_singd(file, at):
 
 def fit(cls, model, hyper, **options):
     betas = (hyper["momentum"], 0.999)
-    return cls(model.parameters(), lr=hyper["lr"], betas=betas, weight_decay=hyper["weight_decay"], module=model,
-               **{**PARITY, "statistics_every": 7, **options})
+    return cls(
+        model.parameters(),
+        lr=hyper["lr"],
+        betas=betas,
+        weight_decay=hyper["weight_decay"],
+        module=model,
+        **{**PARITY, "statistics_every": 7, **options},
+    )
 
 
 class TestSINGD:

@@ -13,9 +13,15 @@ from dense_kfac import assert_near, backward, cross_entropy, gradient, joint, ml
 from secondorder.curvature import layer as layer_statistics
 
 SETTINGS = dict(
-    lr=0.0, betas=(0.0, 0.0), damping=0.03, weight_decay=0.0,
-    kl_clip=None, norm_clip=None, max_update_rms=None,
-    momentum="update", nesterov=False,
+    lr=0.0,
+    betas=(0.0, 0.0),
+    damping=0.03,
+    weight_decay=0.0,
+    kl_clip=None,
+    norm_clip=None,
+    max_update_rms=None,
+    momentum="update",
+    nesterov=False,
 )
 NEVER = 10**6
 

@@ -10,8 +10,13 @@ from torch import nn
 import secondorder
 
 SETTINGS = dict(
-    lr=0.02, betas=(0.9, 0.9), damping=1e-2,
-    weight_decay=0.0, kl_clip=None, norm_clip=None, momentum="update",
+    lr=0.02,
+    betas=(0.9, 0.9),
+    damping=1e-2,
+    weight_decay=0.0,
+    kl_clip=None,
+    norm_clip=None,
+    momentum="update",
 )
 
 

@@ -42,8 +42,10 @@ def test_trajectory_is_that_of_dense_algebra(kind, momentum, nesterov):
         opt.step()
         new = pairs(twin, x, y)
         backward(twin, x, y)
-        sums = [(beta * a + (1 - beta) * A, beta * g + (1 - beta) * G)
-                for (a, g), (A, G) in zip(sums or [(0, 0)] * len(new), new, strict=True)]
+        sums = [
+            (beta * a + (1 - beta) * A, beta * g + (1 - beta) * G)
+            for (a, g), (A, G) in zip(sums or [(0, 0)] * len(new), new, strict=True)
+        ]
         for i, (layer, (A, G)) in enumerate(zip(linears(twin), sums, strict=True)):
             weight = 1 - beta**t
             u = solved(A / weight, G / weight, gradient(layer), kind)
@@ -102,8 +104,10 @@ def test_staggered_refreshes_do_every_factor_once_a_period_and_never_all_at_once
     calls = {}
     for t in range(8):
         backward(model, *batch(model, seed=t))
-        before = {layer: [opt.state[layer.weight].get(key, torch.zeros(1)).clone() for key in keys]
-                  for layer in linears(model)}
+        before = {
+            layer: [opt.state[layer.weight].get(key, torch.zeros(1)).clone() for key in keys]
+            for layer in linears(model)
+        }
         opt.step()
         for layer, old in before.items():
             for key, value in zip(keys, old, strict=True):
@@ -156,8 +160,10 @@ def test_kl_clip_scales_all_blocks_of_all_groups_by_one_number():
     clip, rates = 1e-3, (0.5, 0.1)
     found = []
     for network, how in ((model, clip), (twin, None)):
-        groups = [dict(params=list(network[0].parameters()), lr=rates[0]),
-                  dict(params=list(network[2].parameters()), lr=rates[1])]
+        groups = [
+            dict(params=list(network[0].parameters()), lr=rates[0]),
+            dict(params=list(network[2].parameters()), lr=rates[1]),
+        ]
         opt = secondorder.KFAC(groups, module=network, **{**SETTINGS, "kl_clip": how})
         backward(network, x, y)
         grads = [p.grad.clone() for p in network.parameters()]

@@ -304,7 +304,6 @@ class TestSteps:
         for key, value in wanted.items():
             assert found[key].dtype == torch.float32 and (found[key] - value).norm() < 0.2 * value.norm(), key
 
-
     @each_row
     def test_memory_layout_does_not_matter(self, row):
         """Sums in another order, in float64, and a null space in every factor of a convolution."""

@@ -12,9 +12,16 @@ import secondorder
 from cases import assert_same_state, flat_state
 
 SETTINGS = dict(
-    lr=0.1, betas=(0.0, 0.9), damping=0.03, weight_decay=0.0,
-    kl_clip=None, norm_clip=None, max_update_rms=None,
-    momentum="update", refresh_every=1, nesterov=False,
+    lr=0.1,
+    betas=(0.0, 0.9),
+    damping=0.03,
+    weight_decay=0.0,
+    kl_clip=None,
+    norm_clip=None,
+    max_update_rms=None,
+    momentum="update",
+    refresh_every=1,
+    nesterov=False,
 )
 BOTH = pytest.mark.parametrize("cls", [secondorder.KFAC, secondorder.EKFAC])
 

@@ -213,9 +213,7 @@ class TestInvariants:
         """`G -> P G R^T` with bases `P B_0` and `R B_1`: all steps are rotated with it."""
         turns = [orthogonal(d, seed=20 + i) for i, d in enumerate(BOTH)]
         a, p = started(BOTH, eps=1e-4, fast_start=3.0, betas=(0.9, 0.95), nesterov=True)
-        b, q = started(
-            BOTH, lambda i, B: turns[i] @ B, eps=1e-4, fast_start=3.0, betas=(0.9, 0.95), nesterov=True
-        )
+        b, q = started(BOTH, lambda i, B: turns[i] @ B, eps=1e-4, fast_start=3.0, betas=(0.9, 0.95), nesterov=True)
         for step in range(20):
             p.grad = gradient(BOTH, step, dtype=F64)
             q.grad = turns[0] @ p.grad @ turns[1].T

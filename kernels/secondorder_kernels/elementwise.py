@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder_kernels import reference
 from secondorder_kernels.dispatch import Operation, Path
+from secondorder_kernels.reference import elementwise as reference
 
 
 def _adam_direction_example(device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros(2, 64, 64, device=device) for _ in range(3))
+    return tuple(torch.zeros(2, 64, 64, device=device) for _ in range(4))
 
 
-_adam_direction = Operation(reference.adam_direction_, _adam_direction_example)
+_adam_direction = Operation(
+    reference.adam_direction_,
+    _adam_direction_example,
+    schema="(Tensor(a!) m, Tensor(b!) v, Tensor g, Tensor(c!) out, *, Tensor beta1_rate, Tensor beta2_rate, "
+    "float beta1, float eps=0.0, Tensor? eps_tensor=None, bool nesterov=False) -> ()",
+)
 
 
 def adam_direction_(
@@ -61,8 +66,10 @@ def adam_direction_(
     if m.shape != g.shape or v.shape != g.shape or (out is not None and out.shape != g.shape):
         shapes = [tuple(t.shape) for t in (m, v, g, *(() if out is None else (out,)))]
         raise ValueError(f"adam_direction_ takes m, v, g and out of one shape, got {', '.join(map(str, shapes))}")
-    direction: Tensor = _adam_direction(
-        m, v, g, beta1_rate=beta1_rate, beta2_rate=beta2_rate, beta1=beta1, eps=eps, nesterov=nesterov, out=out
+    direction = torch.empty_like(g) if out is None else out
+    either = {"eps_tensor": eps} if isinstance(eps, Tensor) else {"eps": eps}
+    _adam_direction(
+        m, v, g, direction, beta1_rate=beta1_rate, beta2_rate=beta2_rate, beta1=beta1, nesterov=nesterov, **either
     )
     return direction
 
@@ -73,10 +80,13 @@ def _fused_adamw_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     counts: list[Tensor],
-    *,
     refused: Tensor,
+    *,
+    lr: float = 0.0,
+    lr_tensor: Tensor | None = None,
     **options: Any,
 ) -> None:
+    options["lr"] = lr if lr_tensor is None else lr_tensor
     torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], counts, amsgrad=False, found_inf=refused, **options)
 
 
@@ -85,16 +95,17 @@ def _fused_adamw_fails(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why torch's fused kernel, a private function, cannot be used for a device and dtype; None if it works."""
     param, grad, exp_avg, exp_avg_sq = ([torch.ones(2, device=device, dtype=dtype)] for _ in range(4))
     zero = torch.zeros((), device=device)
-    options = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+    options: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
     try:
-        for lr in (0.1, zero):
-            _fused_adamw_(param, grad, exp_avg, exp_avg_sq, [zero + 1], refused=zero, lr=lr, **options)
+        for lr in ({"lr": 0.1}, {"lr_tensor": zero}):
+            _fused_adamw_(param, grad, exp_avg, exp_avg_sq, [zero + 1], zero, **lr, **options)
     except (AttributeError, RuntimeError, TypeError) as error:  # no such function, device or dtype, or other arguments
         return f"torch._fused_adamw_ does not work for {dtype} on {device}: {str(error).splitlines()[0]}"
     return None
 
 
-def _fused_adamw_refuses(*lists: list[Tensor]) -> str | None:
+def _fused_adamw_refuses(*arguments: Any, **options: Any) -> str | None:
+    lists: tuple[list[Tensor], ...] = arguments[:5]
     failure = _fused_adamw_fails(lists[0][0].device, lists[0][0].dtype)
     if failure is not None:
         return failure
@@ -104,13 +115,18 @@ def _fused_adamw_refuses(*lists: list[Tensor]) -> str | None:
     return None
 
 
-def _adamw_example(device: torch.device) -> tuple[list[Tensor], ...]:
+def _adamw_example(device: torch.device) -> tuple[Any, ...]:
     tensors = [[torch.zeros(64, device=device)] for _ in range(4)]
-    return (*tensors, [torch.ones((), device=device)])
+    return (*tensors, [torch.ones((), device=device)], torch.zeros((), device=device))
 
 
 _adamw = Operation(
-    reference.adamw_, _adamw_example, (Path("torch fused", run=_fused_adamw_, refuses=_fused_adamw_refuses),)
+    reference.adamw_,
+    _adamw_example,
+    (Path("torch fused", run=_fused_adamw_, refuses=_fused_adamw_refuses),),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] counts, "
+    "Tensor refused, *, float lr=0.0, Tensor? lr_tensor=None, float beta1, float beta2, float eps, "
+    "float weight_decay, bool maximize) -> ()",
 )
 
 
@@ -174,11 +190,11 @@ def adamw_(
         list(exp_avgs),
         list(exp_avg_sqs),
         list(counts),
-        lr=lr,
+        refused,
         beta1=beta1,
         beta2=beta2,
         eps=eps,
         weight_decay=weight_decay,
         maximize=maximize,
-        refused=refused,
+        **({"lr_tensor": lr} if isinstance(lr, Tensor) else {"lr": lr}),
     )

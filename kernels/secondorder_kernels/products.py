@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secondorder_kernels import reference
 from secondorder_kernels.dispatch import Operation, Path
+from secondorder_kernels.reference import products as reference
 
 # From this dimension on, on one CPU core, panels take 0.75 to 0.9 of the time of the whole product; below, as much.
 _PANELS_FROM = 256
@@ -38,7 +38,10 @@ def _ema_syrk_example(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _ema_syrk = Operation(
-    reference.ema_syrk_, _ema_syrk_example, (Path("panels", run=_ema_syrk_by_panels, refuses=_panels_refuse),)
+    reference.ema_syrk_,
+    _ema_syrk_example,
+    (Path("panels", run=_ema_syrk_by_panels, refuses=_panels_refuse),),
+    schema="(Tensor(a!) C, Tensor X, Tensor rate) -> ()",
 )
 
 

@@ -109,7 +109,7 @@ def traffic(rank, world, how, row, options=None):
 
 
 def backward(outer, optimizer, step, rank, world, scale=1):
-    (images, tokens, labels), = passes(step, rank, world, 1)
+    ((images, tokens, labels),) = passes(step, rank, world, 1)
     optimizer.zero_grad()
     (scale * F.cross_entropy(outer(images, tokens), labels)).backward()
 
@@ -157,8 +157,11 @@ def branches(rank, world, how):
 
         def forward(self, x, taken):
             x = torch.tanh(self.parts["trunk"](x))
-            return self.parts["head"](torch.tanh(self.parts["branch"](x)) if taken else x + 0 * sum(
-                p.sum() for p in self.parts["branch"].parameters()))
+            return self.parts["head"](
+                torch.tanh(self.parts["branch"](x))
+                if taken
+                else x + 0 * sum(p.sum() for p in self.parts["branch"].parameters())
+            )
 
     outer = network = Network()
     more = {}

@@ -27,9 +27,7 @@ RUNS += [("fsdp", 1, 2), ("fsdp", 2, 4), ("hsdp", 2, 4)]
 
 
 @pytest.mark.parametrize(("wrap", "world", "batches"), RUNS)
-@pytest.mark.parametrize(
-    "cls", [pytest.param(cls, marks=[] if cls == "SOAP" else pytest.mark.slow) for cls in METHODS]
-)
+@pytest.mark.parametrize("cls", [pytest.param(cls, marks=[] if cls == "SOAP" else pytest.mark.slow) for cls in METHODS])
 def test_training_has_the_bits_of_one_process(cls, wrap, world, batches):
     options = {**METHODS[cls], "reproducible": True}
     alone = hook_ranks.trained(0, 1, "alone", cls, options, batches)
@@ -152,7 +150,7 @@ def test_own_clipping_is_that_of_the_whole_gradient():
 def test_constructor_names_what_is_missing():
     for found in pool.run(3, hook_ranks.refusals):
         sharding, module, unwrapped, group, unknown, three, good = found
-        assert sharding == "SOAP: sync=\"owner_hook\" needs sharding=\"owners\", got sharding='auto'"
+        assert sharding == 'SOAP: sync="owner_hook" needs sharding="owners", got sharding=\'auto\''
         assert module == unwrapped
         assert "needs the DistributedDataParallel module as module=" in module
         assert "needs process_group=None or that of the DDP module" in group

@@ -58,8 +58,9 @@ class FakePlan(ShardedPlan):
     """The plan of one rank; parameters are whole tensors outside and what the rank stores inside."""
 
     def __init__(self, rank, world, shapes, held):
-        with mock.patch.object(dist, "get_rank", return_value=rank), mock.patch.object(
-            dist, "get_world_size", return_value=world
+        with (
+            mock.patch.object(dist, "get_rank", return_value=rank),
+            mock.patch.object(dist, "get_world_size", return_value=world),
         ):
             super().__init__("fake", False)
         self.meeting = Stored(shapes, held, rank)

@@ -38,8 +38,7 @@ def rows():
     """64 rows of tokens, each 5 more than the one before."""
     starts = torch.arange(64) * 7
     return [
-        {"input_ids": row, "labels": row}
-        for row in (starts[:, None] + 5 * torch.arange(LENGTH)).remainder(VOCABULARY)
+        {"input_ids": row, "labels": row} for row in (starts[:, None] + 5 * torch.arange(LENGTH)).remainder(VOCABULARY)
     ]
 
 

@@ -27,8 +27,16 @@ def options(cls, **more):
 
 
 def arguments(folder, **more):
-    usual = dict(max_steps=8, per_device_train_batch_size=BATCH, train_sampling_strategy="sequential", use_cpu=True,
-                 lr_scheduler_type="constant", save_strategy="no", report_to="none", disable_tqdm=True)
+    usual = dict(
+        max_steps=8,
+        per_device_train_batch_size=BATCH,
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     return transformers.TrainingArguments(str(folder), **{**usual, **more})
 
 

@@ -29,8 +29,14 @@ def adapted(gpt2):
     """Makes a network with adapters, always with the same parameters."""
 
     def make():
-        config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True,
-                                 lora_dropout=0.1, task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            r=4,
+            lora_alpha=16,
+            target_modules=["c_attn", "c_proj", "c_fc"],
+            fan_in_fan_out=True,
+            lora_dropout=0.1,
+            task_type="CAUSAL_LM",
+        )
         return peft.get_peft_model(gpt2(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0), config)
 
     return make
@@ -121,8 +127,13 @@ def test_adapter_saved_and_resumed_goes_on_with_the_same_bits(adapted, gpt2, row
 def test_trainer_resumes_an_adapter_with_the_same_bits(adapted, rows, tmp_path):
     def trainer(folder):
         settings = transformers.TrainingArguments(
-            str(tmp_path / folder), max_steps=8, save_steps=4, per_device_train_batch_size=8, use_cpu=True,
-            report_to="none", disable_tqdm=True,
+            str(tmp_path / folder),
+            max_steps=8,
+            save_steps=4,
+            per_device_train_batch_size=8,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
         )
         given = (for_trainer(secondorder.KFAC), options(secondorder.KFAC))
         return transformers.Trainer(adapted(), settings, train_dataset=rows, optimizer_cls_and_kwargs=given)

@@ -51,9 +51,18 @@ def test_steps_between_two_statistics_are_theirs(structures, kfac_like, tmp_path
     torch.save(theirs.state_dict(), tmp_path / "singd.pt")
     twin.load_state_dict(model.state_dict())
     ours = (IKFAC if kfac_like else SINGD)(
-        twin.parameters(), lr=0.01, betas=(0.8, 0.999), weight_decay=0.01, weight_decay_kind="coupled", module=twin,
-        structures=tuple(OURS[name] for name in structures), momentum="update", nesterov=False, norm_clip=None,
-        max_update_rms=None, statistics_every=4,
+        twin.parameters(),
+        lr=0.01,
+        betas=(0.8, 0.999),
+        weight_decay=0.01,
+        weight_decay_kind="coupled",
+        module=twin,
+        structures=tuple(OURS[name] for name in structures),
+        momentum="update",
+        nesterov=False,
+        norm_clip=None,
+        max_update_rms=None,
+        statistics_every=4,
     )
     load_singd(ours, torch.load(tmp_path / "singd.pt", weights_only=False))
     train(model, theirs, range(5, 8))

@@ -127,9 +127,7 @@ class PeerKL(PreconditionedOptimizer):
         own.update(factor_beta=shampoo_beta if shampoo_beta >= 0 else None, clip=None, init_factor=init_factor)
         own.update(klsoap=using_klsoap, using_clamping=using_clamping, using_damping=using_damping)
         own.update(max_clamp_value=max_clamp_value, normalize_grads=normalize_grads)
-        super().__init__(
-            params, own, dict(nesterov=False, refresh_every=precondition_frequency, refresh="together")
-        )
+        super().__init__(params, own, dict(nesterov=False, refresh_every=precondition_frequency, refresh="together"))
 
     def _method(self, group: dict[str, Any]) -> Method:
         factor = PeerBasis(init_factor=group["init_factor"])

@@ -42,8 +42,11 @@ def checkpoints(monkeypatch):
     files = {
         "soap.pt": {"state": {i: soap(shape) for i, shape in enumerate(shapes)}, "param_groups": groups},
         "singd.pt": {
-            "state": {}, "param_groups": groups, "steps": 3,
-            "Ks": {"0": Dense(4), "2": Dense(6)}, "Cs": {"0": Dense(6), "2": Dense(5)},
+            "state": {},
+            "param_groups": groups,
+            "steps": 3,
+            "Ks": {"0": Dense(4), "2": Dense(6)},
+            "Cs": {"0": Dense(6), "2": Dense(5)},
         },
     }
     monkeypatch.setattr(torch, "load", lambda name, **how: files[name])
@@ -52,8 +55,12 @@ def checkpoints(monkeypatch):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_new_lines_run_and_train(part, checkpoints):
-    lines = [line[2:] for block in re.findall(r"^```diff\n(.*?)^```$", PARTS[part], flags=re.MULTILINE | re.DOTALL)
-             for line in block.splitlines() if line.startswith("+ ")]
+    lines = [
+        line[2:]
+        for block in re.findall(r"^```diff\n(.*?)^```$", PARTS[part], flags=re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("+ ")
+    ]
     assert lines
     names = {"torch": torch, "secondorder": secondorder, "model": checkpoints}
     exec("\n".join(lines), names)

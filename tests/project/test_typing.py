@@ -88,8 +88,15 @@ def test_mypy_strict_accepts_right_code_and_finds_what_is_wrong(tmp_path: Path) 
     (tmp_path / "user.py").write_text(source, encoding="utf-8")
     path = f"{ROOT / 'optimizers'}:{ROOT / 'kernels'}"
     (tmp_path / "mypy.ini").write_text(CONFIG.format(path=path), encoding="utf-8")
-    command = [sys.executable, "-m", "mypy", "--config-file=mypy.ini", "--hide-error-context", "--no-error-summary",
-               "user.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file=mypy.ini",
+        "--hide-error-context",
+        "--no-error-summary",
+        "user.py",
+    ]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     told = {(int(line), code) for line, code in re.findall(r"user\.py:(\d+): error: .*\[([\w-]+)\]", found.stdout)}
     marked = ((i, re.search(r"# E: ([\w-]+)$", line)) for i, line in enumerate(source.splitlines(), 1))

@@ -1,7 +1,4 @@
-"""The operations in plain tensor operations: readable, for any device, and the specification of every faster path.
-
-Arguments are not checked here; the functions that users call, in the modules named by subject, do that for all paths.
-"""
+"""Element-wise operations. See `elementwise.py` of the package above for arguments."""
 
 from __future__ import annotations
 
@@ -11,30 +8,26 @@ import torch
 from torch import Tensor
 
 
-def ema_syrk_(C: Tensor, X: Tensor, rate: Tensor) -> Tensor:
-    """C ← C + rate (X Xᵀ - C), one rate per matrix. See `products.ema_syrk_`."""
-    return C.lerp_(torch.bmm(X, X.mT), rate[:, None, None])
-
-
 def adam_direction_(
     m: Tensor,
     v: Tensor,
     g: Tensor,
+    out: Tensor,
     *,
     beta1_rate: Tensor,
     beta2_rate: Tensor,
     beta1: float,
-    eps: float | Tensor,
-    nesterov: bool,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Adam's two averages and its direction. See `elementwise.adam_direction_`."""
+    eps: float = 0.0,
+    eps_tensor: Tensor | None = None,
+    nesterov: bool = False,
+) -> None:
+    """Adam's two averages, and its direction in `out`."""
     m.lerp_(g, beta1_rate)
-    out = torch.mul(g, g, out=out)
+    torch.mul(g, g, out=out)
     v.lerp_(out, beta2_rate)
-    torch.sqrt(v, out=out).add_(eps)
+    torch.sqrt(v, out=out).add_(eps if eps_tensor is None else eps_tensor)
     ahead = torch.lerp(g, m, beta1) if nesterov else m
-    return torch.div(ahead, out, out=out)
+    torch.div(ahead, out, out=out)
 
 
 def adamw_(
@@ -43,27 +36,29 @@ def adamw_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     counts: list[Tensor],
+    refused: Tensor,
     *,
-    lr: float | Tensor,
+    lr: float = 0.0,
+    lr_tensor: Tensor | None = None,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
     maximize: bool,
-    refused: Tensor,
 ) -> None:
-    """One step of AdamW on many tensors. See `elementwise.adamw_`.
+    """One step of AdamW on many tensors.
 
     A fixed number of multi-tensor operations, and one per tensor that masks its gradient. (Of the former, those with a
     list of scalars launch one kernel per tensor on a GPU.)
     """
+    rate = lr if lr_tensor is None else lr_tensor
     # Every rate is multiplied by `taken`. That is not enough for a gradient which is NaN, as 0 * NaN is NaN.
     refuse, zero = refused > 0, grads[0].new_zeros(())
     gradients = [torch.where(refuse, zero, g) for g in (torch._foreach_neg(grads) if maximize else grads)]
     t = torch.stack(counts).to(torch.promote_types(params[0].dtype, torch.float32))
     taken = (refused == 0).to(t.dtype)
     t = t.clamp(min=1)  # 0 before the first step that is taken; the corrections are then finite, and without effect
-    step_sizes = taken * lr / _weight(beta1, t)
+    step_sizes = taken * rate / _weight(beta1, t)
     roots = _weight(beta2, t).sqrt()
 
     torch._foreach_mul_(exp_avgs, 1 - taken * (1 - beta1))
@@ -76,7 +71,7 @@ def adamw_(
     torch._foreach_add_(denominators, [eps + (1 - taken)] * len(params))  # not 0 in a refused step, even if eps is
     updates = torch._foreach_div(exp_avgs, denominators)
     torch._foreach_mul_(updates, step_sizes.unbind())
-    torch._foreach_mul_(params, 1 - taken * (lr * weight_decay))
+    torch._foreach_mul_(params, 1 - taken * (rate * weight_decay))
     torch._foreach_sub_(params, updates)
 
 

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. Imported at the first dispatch to one: nothing else here needs Triton."""
