@@ -17,11 +17,13 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from secondorder_kernels import tables
 
 MODES = ("auto", "reference", "triton")
 
@@ -74,8 +76,9 @@ class Operation:
     ) -> None:
         self.name = reference.__name__
         self.example = example
+        self.reference = reference
         self._reference = Path("reference", reference)
-        self._faster = faster
+        self.faster = faster
         self._has_triton = any(path.name == "triton" for path in faster)
         self._broken: str | None = None
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -102,6 +105,11 @@ class Operation:
             warnings.warn(f"{self.name} goes on without Triton, {self._broken}", stacklevel=3)
             return self._reference.run(*args, **kwargs)
 
+    @property
+    def triton(self) -> Path | None:
+        """The path through Triton, if there is one."""
+        return next((path for path in self.faster if path.name == "triton"), None)
+
     def choose(self, *args: Any, **kwargs: Any) -> tuple[Path, str]:
         """Return the path that these arguments take, and the reason.
 
@@ -111,25 +119,29 @@ class Operation:
         if _mode == "reference":
             return self._reference, "the mode is 'reference'"
         reasons = []
-        for path in self._faster:
-            if _mode == "triton":
+        for path in self.faster:
+            if _mode == "triton" and self._has_triton:
                 if path.name != "triton":
                     continue
                 reason = path.refuses(*args, **kwargs)
                 if reason is None:
                     return path, "the mode is 'triton'"
             else:
-                reason = self._broken if path.name == "triton" else None
-                reason = reason or path.refuses(*args, **kwargs) or path.declines(*args, **kwargs)
+                reason = self._not_triton() if path.name == "triton" else None
+                reason = reason or path.declines(*args, **kwargs) or path.refuses(*args, **kwargs)
                 if reason is None:
                     return path, "the fastest path that takes these tensors"
             reasons.append(reason)
         if not self._has_triton:
-            reasons.append(f"there is no Triton kernel for {self.name}")
+            reasons.append(f"{self.name} needs no Triton kernel")
         because = "; ".join(reasons)
-        if _mode == "triton" and _strict:
+        if _mode == "triton" and _strict and self._has_triton:
             raise RuntimeError(f"the mode is 'triton', but {self.name} cannot use Triton here: {because}")
         return self._reference, because
+
+    def _not_triton(self) -> str | None:
+        # A compiler that comes here traces on a CPU, where policy has nothing to say that is worth a guard.
+        return "a compiler traces the call" if torch.compiler.is_compiling() else self._broken
 
     def _opaque(self, first: Any) -> bool:
         """Whether a compiler should not look inside: where a kernel may run; it cannot be traced."""
@@ -140,6 +152,11 @@ class Operation:
 
 
 _operations: dict[str, Operation] = {}
+
+
+def operations() -> Mapping[str, Operation]:
+    """All operations by name, for whoever measures them."""
+    return _operations
 
 
 def _checked(mode: str, source: str) -> str:
@@ -208,3 +225,8 @@ def explain_all() -> list[tuple[str, str, str]]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [(name, *explain(name, *operation.example(device))) for name, operation in _operations.items()]
+
+
+def fingerprint() -> str:
+    """A word that is the same in two processes if their kernels round alike: the mode and a digest of all tables."""
+    return f"{_mode} {tables.fingerprint()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Collection, Iterable
@@ -17,6 +18,19 @@ from secondorder_kernels.dispatch import Path
 Shape = tuple[str, tuple[int, ...]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TritonPath(Path):
+    """A path through Triton, as the tuner sees it.
+
+    Attributes:
+        shape: Takes the operation's arguments, gives `(kind, sizes)`, by which tables are looked up.
+        launch: Takes the operation's arguments and `config`, whatever tables say.
+    """
+
+    shape: Callable[..., Shape]
+    launch: Callable[..., Any]
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """No further reason to refuse."""
 
@@ -29,7 +43,7 @@ def triton_path(
     shape: Callable[..., Shape],
     refuses: Callable[..., str | None] = _nothing,
     dtypes: Collection[torch.dtype] = policy.FLOATS,
-) -> Path:
+) -> TritonPath:
     """Describe how an operation runs through Triton.
 
     Args:
@@ -53,16 +67,24 @@ def triton_path(
         return policy.refuses(tensors(*args, **kwargs), dtypes) or refuses(*args, **kwargs)
 
     def need_not(*args: Any, **kwargs: Any) -> str | None:
-        return policy.declines(operation, *shape(*args, **kwargs), device_of(*args, **kwargs))
-
-    def run(*args: Any, **kwargs: Any) -> Any:
         device = device_of(*args, **kwargs)
-        config = tables.config(operation, *shape(*args, **kwargs), device)
+        # Off a GPU the shape does not matter, and finding it takes as long as a small operation.
+        kind, sizes = shape(*args, **kwargs) if device.type == "cuda" else ("", ())
+        return policy.declines(operation, kind, sizes, device)
+
+    def launch_on(device: torch.device, config: tables.Config, args: Any, kwargs: Any) -> Any:
         # Triton launches on the current device, wherever the tensors are.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return _imported(launcher)(*args, **kwargs, config=config)
 
-    return Path("triton", run, cannot, need_not)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = device_of(*args, **kwargs)
+        return launch_on(device, tables.config(operation, *shape(*args, **kwargs), device), args, kwargs)
+
+    def launch(*args: Any, config: tables.Config, **kwargs: Any) -> Any:
+        return launch_on(device_of(*args, **kwargs), config, args, kwargs)
+
+    return TritonPath("triton", run, cannot, need_not, shape=shape, launch=launch)
 
 
 @functools.cache

@@ -82,8 +82,11 @@ def declines(operation: str, kind: str, sizes: tuple[int, ...], device: torch.de
         sizes: What the time depends on.
         device: Where the tensors are.
     """
-    if device.type == "cpu":
-        return "Triton's interpreter is for tests"
+    if device.type != "cuda":  # if at all, kernels are interpreted there
+        interpreted = device.type == "cpu" and interpreting()
+        return "Triton's interpreter is for tests" if interpreted else f"tensors are on {device}"
+    if not installed():
+        return "triton is not installed"
     found = tables.nearest(operation, kind, sizes, device)
     if found is None or found.ratio is None:
         return f"not measured on {torch.cuda.get_device_name(device)}; python -m secondorder_kernels.tune does that"

@@ -8,7 +8,8 @@
 A config of null: torch was as fast. Tables of a device are written by `python -m secondorder_kernels.tune`; the files
 named by a family (`sm90.json`, …) hold configurations that compile well there and were never measured: no ratio.
 
-Of a device these are read, in this order: the folder SECONDORDER_KERNELS_CONFIG_DIR, the user's cache, the package.
+Of a device these are read, in this order: the folder SECONDORDER_KERNELS_CONFIG_DIR or, where that is not named, the
+user's cache; the package.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def family(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm100" if major >= 10 else "sm90" if major == 9 else "sm80"
+    # From 12.0 on, consumer GPUs: instructions and shared memory are those of 8.9 rather than those of 10.0.
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
 def nearest(operation: str, kind: str, sizes: tuple[int, ...], device: torch.device) -> Entry | None:
