@@ -25,7 +25,6 @@ from dense_kfac import (
     solved,
     stepped,
 )
-from secondorder.curvature.layer import gram
 
 KINDS = ("relative", "absolute", "pi", "factor")
 
@@ -176,11 +175,6 @@ def test_where_there_is_no_curvature_and_no_damping_nothing_moves(cls, clip):
     cross_entropy(outputs, torch.ones(6, dtype=torch.long)).backward()
     opt.step()
     assert gradient(model[0]).norm() > 0.1 and torch.equal(joint(model[0]), old)
-
-
-def test_gram_of_tiles_is_the_whole_product():
-    X = torch.randn(2, 40, 515, dtype=torch.float64)
-    assert_near(gram(X), X.mT @ X, 1e-14)
 
 
 @settings(max_examples=15, deadline=None)

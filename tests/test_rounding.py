@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secondorder.preconditioner.protocol import Context, ema_, put_
-from secondorder.preconditioner.rounding import mix, row_keys, stochastic_round
+from secondorder_kernels import mix, row_keys, stochastic_round
 
 
 def keys(n, seed=0):

@@ -82,9 +82,7 @@ def diagnostics(layout: Layout, groups: Sequence[dict[str, Any]], watch: Watch, 
     return {key: float(value) for key, value in out.items()}
 
 
-def _asked(
-    layout: Layout, groups: Sequence[dict[str, Any]], watch: Watch, full: bool, names: Sequence[str]
-) -> Told:
+def _asked(layout: Layout, groups: Sequence[dict[str, Any]], watch: Watch, full: bool, names: Sequence[str]) -> Told:
     """By bucket (or `""`) and name, what must be read from devices."""
     asked = {(str(device), "refused"): count for device, count in layout.refused.items()}
     if layout.gradient_norm is not None:

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 KINDS = ("diag", "kronecker")
 
 
-def fisher(
-    optimizer: Inspection, kind: Literal["diag", "kronecker"], batch_size: float | None
-) -> dict[str, Any]:
+def fisher(optimizer: Inspection, kind: Literal["diag", "kronecker"], batch_size: float | None) -> dict[str, Any]:
     """See `Inspection.fisher`."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")

@@ -19,7 +19,6 @@ from secondorder.preconditioner.protocol import Method
 Group = dict[str, Any]
 
 
-
 class Inspection(torch.optim.Optimizer):
     """Coverage, memory, diagnostics, and the state as operators."""
 
@@ -135,9 +134,7 @@ class Inspection(torch.optim.Optimizer):
         self._watch.every = int(every)
 
     @torch.no_grad()
-    def fisher(
-        self, kind: Literal["diag", "kronecker"] = "diag", batch_size: float | None = None
-    ) -> dict[str, Any]:
+    def fisher(self, kind: Literal["diag", "kronecker"] = "diag", batch_size: float | None = None) -> dict[str, Any]:
         """The Fisher information that the state has gathered, without another pass over the data.
 
         Copies in the state's dtype; averages are debiased; zero where nothing was observed yet. Their scale is that of

@@ -56,9 +56,7 @@ class LayerOptimizer(PreconditionedOptimizer):
     shared_options = LAYERS
     factors = _factors.factors
 
-    def __init__(
-        self, params: Any, own: Mapping[str, Any], options: Mapping[str, Any], *, grad_scaler: Any
-    ) -> None:
+    def __init__(self, params: Any, own: Mapping[str, Any], options: Mapping[str, Any], *, grad_scaler: Any) -> None:
         self._replicas, self._grad_scaler = None, grad_scaler
         self._capture: Capture | None = None
         self._release: Any = None

@@ -73,8 +73,10 @@ class PreconditionedOptimizer(Inspection):
         module = defaults.pop("module")
         self._sharing = Sharing(*(defaults.pop(name) for name in Sharing._fields))
         if isinstance(params, nn.Module):
-            raise TypeError(f"params must be an iterable of tensors or groups, got a {type(params).__name__}: pass "
-                            "its .parameters()")
+            raise TypeError(
+                f"params must be an iterable of tensors or groups, got a {type(params).__name__}: pass "
+                "its .parameters()"
+            )
         if isinstance(params, dict):
             raise TypeError("params must be an iterable of tensors or groups, got one dict: pass a list of dicts")
         self._module = None if module is None else weakref.ref(module)

@@ -167,7 +167,7 @@ COMMON: dict[str, Option] = {
     "sharding": Option(
         "auto",
         *one_of("auto", "owners"),
-        "\"owners\": a block's factors are kept and refreshed by one process alone; all processes must take part in "
+        '"owners": a block\'s factors are kept and refreshed by one process alone; all processes must take part in '
         'every step, state_dict() and load. "auto": so for DTensor parameters (FSDP2, HSDP, tensor parallel), while '
         "plain ones are every process's own.",
     ),
@@ -178,7 +178,7 @@ COMMON: dict[str, Option] = {
         "the same bits for every number of processes and every sharding, given the same gradients. Gradients are the "
         "same if a batch is cut into V equal micro-batches of which process r of W computes those from rV/W to "
         "(r+1)V/W - 1 in this order, V and W powers of two, with a loss divided by V/W: in one process, under DDP with "
-        "sync=\"owner_hook\", and, where W and V/W are at most 2, under FSDP2. All devices must be of one type, with "
+        'sync="owner_hook", and, where W and V/W are at most 2, under FSDP2. All devices must be of one type, with '
         "one number of threads; clipping by norms is not covered. Costs the fused kernel of the fallback, and "
         "log2(V/W) more gradients.",
     ),
@@ -192,7 +192,7 @@ COMMON: dict[str, Option] = {
     "sync": Option(
         "ddp",
         *one_of("ddp", "owner_hook"),
-        "how gradients of DDP come to the owners: averaged everywhere by DDP, or, with sharding=\"owners\" and the DDP "
+        'how gradients of DDP come to the owners: averaged everywhere by DDP, or, with sharding="owners" and the DDP '
         "module as `module`, straight to the owners by its communication hook, so that a step sends no more than DDP "
         "alone. Before step() `p.grad` then holds the average only where this process owns it, else zero: clip with "
         "the optimizer's clip_grad_norm_, and use no GradScaler, whose processes would skip steps one by one.",

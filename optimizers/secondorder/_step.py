@@ -292,9 +292,7 @@ def _advance_flat(b: FlatBucket, flags: Flags, hp: Group, calls: Sequence[int]) 
     return Held(b, hp, [r for r, here in enumerate(present) if here], gate)
 
 
-def _step_in_place(
-    b: FlatBucket, params: Sequence[Tensor], flags: Flags, hp: Group, calls: Sequence[int]
-) -> bool:
+def _step_in_place(b: FlatBucket, params: Sequence[Tensor], flags: Flags, hp: Group, calls: Sequence[int]) -> bool:
     """Let the method's multi-tensor kernel work on the parameters' own storage, where it can."""
     in_place = getattr(b.method, "step_in_place", None)
     if in_place is None or not b.fusible or hp["max_update_rms"] is not None:

@@ -102,8 +102,10 @@ def load_singd(optimizer: SINGD, state_dict: Mapping[str, Any], *, strict: bool 
     _check(optimizer, SINGD, state_dict, ("steps", "Ks", "Cs", "state", "param_groups"), "singd")
     ours = optimizer.state_dict()
     places = {place.name: place for place in _places(optimizer, ours)}
-    layers = {name: [places.get(f"{name}.{part}" if name else part) for part in ("weight", "bias")]
-              for name in state_dict["Ks"]}
+    layers = {
+        name: [places.get(f"{name}.{part}" if name else part) for part in ("weight", "bias")]
+        for name in state_dict["Ks"]
+    }
     missing = [name for name, (weight, _) in layers.items() if weight is None]
     if missing:
         raise ValueError(f"no parameters of the layers {missing} here, but {sorted(places)}; was module= given?")
@@ -137,8 +139,7 @@ def _places(optimizer: PreconditionedOptimizer, ours: Mapping[str, Any]) -> list
     members = [(p, g) for g in optimizer.param_groups for p in g["params"]]
     names = [row.name for row in optimizer.coverage()]
     return [
-        _Place(key, name, p, g, ours["state"].get(key))
-        for key, name, (p, g) in zip(keys, names, members, strict=True)
+        _Place(key, name, p, g, ours["state"].get(key)) for key, name, (p, g) in zip(keys, names, members, strict=True)
     ]
 
 
@@ -174,8 +175,9 @@ def _taken(entry: Mapping[str, Any], key: str, shape: Sequence[int], dtype: torc
     if not isinstance(value, Tensor):
         raise _Unfit(f"no tensor {key!r} (it has {', '.join(map(repr, entry))})")
     if not value.is_floating_point() or value.shape != torch.Size(shape):
-        raise _Unfit(f"{key!r} is of dtype {value.dtype} and shape {tuple(value.shape)}, expected floating-point "
-                     f"{tuple(shape)}")
+        raise _Unfit(
+            f"{key!r} is of dtype {value.dtype} and shape {tuple(value.shape)}, expected floating-point {tuple(shape)}"
+        )
     return value.detach().to(dtype)
 
 

@@ -26,12 +26,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Added once to a Gram matrix of unit diagonal, so that its Cholesky factor exists however rank deficient the matrix is.
-# The Gram matrix's own rounding error is about sqrt(d) eps, that is 2e-14 at d = 10 000.
-_CHOLESKY_SHIFT = 1e-13
-
-# Largest entry of |QᵀQ - I| allowed before the last pass. That pass takes an error δ to about δ² + eps: no tight bound.
-_CHOLESKY_MAX_DEFECT = 1e-3
+from secondorder_kernels import cholesky_qr as cholesky_qr
+from secondorder_kernels import orthogonalize as orthogonalize
+from secondorder_kernels import symmetric_product
+from secondorder_kernels.reference.stacks import finite as finite
+from secondorder_kernels.reference.stacks import known as known
+from secondorder_kernels.reference.stacks import one_by_one, or_identity, scaled
 
 
 def eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # A (n, d, d)
@@ -53,83 +53,19 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # A (n, d, d)
     """
     _check("eigh", A, square=True)
     sound = finite(A)
-    scaled, scale = _scaled(_or_identity(sound, A), dim=(-2, -1))
+    unit, scale = scaled(or_identity(sound, A), dim=(-2, -1))
     if A.device.type == "cpu":
-        eigenvalues, Q = _eigh_one_by_one(scaled)
+        eigenvalues, Q = _eigh_one_by_one(unit)
     else:
         try:
-            eigenvalues, Q = torch.linalg.eigh(scaled)
+            eigenvalues, Q = torch.linalg.eigh(unit)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # one matrix that does not converge fails the whole call
-            eigenvalues, Q = _eigh_one_by_one(scaled)
+            eigenvalues, Q = _eigh_one_by_one(unit)
     eigenvalues, Q = eigenvalues.flip(-1) * scale[..., 0], Q.flip(-1)  # torch sorts ascending
     ok = sound & finite(eigenvalues) & finite(Q)
-    return torch.where(ok[:, None], eigenvalues, 0.0), _or_identity(ok, Q), ok
-
-
-def orthogonalize(Y: Tensor) -> tuple[Tensor, Tensor]:  # Y (n, d, m), d >= m
-    """Return the Q factors of `Y = Q R`: orthonormal columns that span, one after the other, those of `Y`.
-
-    Householder reflections on a CPU, `cholesky_qr` elsewhere. Signs of columns are the algorithm's own. Columns of a
-    rank deficient `Y` are completed to an orthonormal set by Householder reflections, but `cholesky_qr` may fail.
-
-    Args:
-        Y: Matrices, shape `(n, d, m)` with `d >= m`, float32 or float64.
-
-    Returns:
-        Q `(n, d, m)` and `ok (n,)`.
-
-    Raises:
-        TypeError: If `Y` is not float32 or float64.
-        ValueError: If `Y` is not a stack of matrices with at least as many rows as columns.
-    """
-    if Y.device.type != "cpu":
-        return cholesky_qr(Y)
-    _check("orthogonalize", Y)
-    sound = finite(Y)
-    scaled, _ = _scaled(_or_identity(sound, Y), dim=(-2,))
-    Q = torch.empty_like(scaled)
-    ok = sound & _one_by_one(_householder_q, scaled, Q)
-    return _or_identity(ok, Q), ok
-
-
-def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:  # Y (n, d, m), d >= m
-    """`orthogonalize` by matrix products and Cholesky factors, which batch on a GPU where Householder QR does not.
-
-    Shifted CholeskyQR3 (Fukaya et al., 2020) on normalised columns: three times G = QᵀQ (+ shift·I the first time),
-    G = L Lᵀ, Q ← Q L⁻ᵀ, and that in float64 whatever the dtype of `Y`. A Gram matrix squares the condition number;
-    in float32 it would moreover be at the mercy of the TF32 setting of the training script, whose 10 bits leave no
-    definite matrix. In float64 conditions up to 1e12 succeed.
-
-    Args:
-        Y: Matrices, shape `(n, d, m)` with `d >= m`, float32 or float64.
-
-    Returns:
-        Q `(n, d, m)` in the dtype of `Y`, the sign of each column such that R has a positive diagonal, and `ok (n,)`,
-        False where a Cholesky factor does not exist or Q is not orthonormal.
-
-    Raises:
-        TypeError: If `Y` is not float32 or float64.
-        ValueError: If `Y` is not a stack of matrices with at least as many rows as columns.
-    """
-    _check("cholesky_qr", Y)
-    identity = torch.eye(*Y.shape[1:], dtype=Y.dtype, device=Y.device)
-    ok = finite(Y)
-    Q, _ = _scaled(torch.where(ok[:, None, None], Y, identity).double(), dim=(-2,))
-    # After scaling, the norm of a column is at least 1, or 0: a zero column stays zero and fails below.
-    Q = Q / torch.linalg.vector_norm(Q, dim=-2, keepdim=True).clamp(min=1.0)
-    unit = torch.eye(Y.shape[-1], dtype=Q.dtype, device=Y.device)
-    defect = torch.zeros_like(ok, dtype=Q.dtype)
-    for shift in (_CHOLESKY_SHIFT, 0.0, 0.0):
-        gram = Q.mT @ Q
-        defect = (gram - unit).abs().amax(dim=(-2, -1))
-        L, info = torch.linalg.cholesky_ex(gram + shift * unit)
-        ok = ok & (info == 0)
-        Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
-    ok = ok & (defect < _CHOLESKY_MAX_DEFECT) & finite(Q)
-    Q = Q.to(Y.dtype).contiguous()  # triangular solves leave columns contiguous
-    return torch.where(ok[:, None, None], Q, identity), ok
+    return torch.where(ok[:, None], eigenvalues, 0.0), or_identity(ok, Q), ok
 
 
 def wide(x: Tensor) -> Tensor:
@@ -154,12 +90,12 @@ def largest_eigenvalue(A: Tensor, iterations: int = 16) -> Tensor:  # A (n, d, d
     close to the largest; with isolated ones it is much smaller.
     """
     _check("largest_eigenvalue", A, square=True)
-    scaled, scale = _scaled(A, dim=(-2, -1))
-    column = torch.linalg.vector_norm(scaled, dim=-2).argmax(-1)
-    x = torch.gather(scaled, 2, column[:, None, None].expand(-1, A.shape[-1], 1))
+    unit, scale = scaled(A, dim=(-2, -1))
+    column = torch.linalg.vector_norm(unit, dim=-2).argmax(-1)
+    x = torch.gather(unit, 2, column[:, None, None].expand(-1, A.shape[-1], 1))
     tiny = torch.finfo(A.dtype).tiny
     for _ in range(iterations):
-        x = scaled @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp_min(tiny))
+        x = unit @ (x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp_min(tiny))
     return (torch.linalg.vector_norm(x, dim=-2, keepdim=True) * scale)[:, 0, 0]
 
 
@@ -196,7 +132,7 @@ def newton_root(
 
     def step(X: Tensor, M: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
         T = (1 + 1 / p) * identity - product / p
-        return X @ T, torch.linalg.matrix_power(T, p) @ M
+        return symmetric_product(X, T), symmetric_product(torch.linalg.matrix_power(T, p), M)
 
     pair = (z ** (1 / p) * identity, z * B)
     (X, _), done = _iterate(pair, step, lambda X, M: M, max_iterations, tolerance)
@@ -237,11 +173,14 @@ def newton_schulz_root(
 
     def step(Y: Tensor, Z: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
         T = 1.5 * identity - 0.5 * product
-        return Y @ T, T @ Z
+        return symmetric_product(Y, T), symmetric_product(T, Z)
+
+    def product(Y: Tensor, Z: Tensor) -> Tensor:
+        return symmetric_product(Z, Y)
 
     Y, Z = B / norm, B
     for _ in range(int(halvings)):
-        (Y, Z), done = _iterate((Y, identity.expand_as(Y)), step, lambda Y, Z: Z @ Y, max_iterations, tolerance)
+        (Y, Z), done = _iterate((Y, identity.expand_as(Y)), step, product, max_iterations, tolerance)
         ok = ok & done
     return _root(A, Z * norm**-exponent, ok)
 
@@ -252,25 +191,6 @@ def _check(function: str, A: Tensor, square: bool = False) -> None:
     if A.ndim != 3 or A.shape[2] == 0 or A.shape[1] < A.shape[2] or (square and A.shape[1] != A.shape[2]):
         wanted = "(n, d, d)" if square else "(n, d, m) with d >= m"
         raise ValueError(f"{function} takes a stack of non-empty matrices {wanted}, got shape {tuple(A.shape)}")
-
-
-def finite(A: Tensor) -> Tensor:  # (n, ...) -> (n,)
-    """Which matrices have no entry that is infinite or NaN."""
-    # The extremes are NaN if any entry is; on a CPU they cost a tenth of A.isfinite().
-    rows = A.flatten(1)
-    return torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).isfinite()
-
-
-def known(flags: Tensor) -> bool:
-    """Whether all flags are set, as far as can be told without waiting: off the CPU, or to a compiler, nothing is."""
-    return flags.device.type == "cpu" and not torch.compiler.is_compiling() and bool(flags.all())
-
-
-def _or_identity(ok: Tensor, A: Tensor) -> Tensor:
-    """`A` with the identity in place of matrices that are not `ok`."""
-    if known(ok):
-        return A
-    return torch.where(ok[:, None, None], A, torch.eye(*A.shape[1:], dtype=A.dtype, device=A.device))
 
 
 def _doubled(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,43 +226,7 @@ def _root(A: Tensor, X: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(ok[:, None, None], X, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)), ok
 
 
-def _scaled(A: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Divide by the power of two that brings the largest absolute entry along `dim` into [1, 2)."""
-    largest = torch.maximum(A.amax(dim=dim, keepdim=True), -A.amin(dim=dim, keepdim=True))
-    mantissa, _ = torch.frexp(largest)  # largest = mantissa · 2^e with mantissa in [1/2, 1)
-    scale = torch.where(largest > 0, largest / (2 * mantissa), 1.0)
-    return A / scale, scale
-
-
-def _householder_q(Y: Tensor) -> tuple[Tensor]:
-    # Without R this takes 0.8 of the time of torch.linalg.qr at d = 256 and 512, and the same at 64 (one CPU core).
-    reflectors, tau = torch.geqrf(Y)
-    return (torch.linalg.householder_product(reflectors, tau),)
-
-
 def _eigh_one_by_one(A: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues, Q = torch.empty_like(A[..., 0]), torch.empty_like(A)
-    _one_by_one(torch.linalg.eigh, A, eigenvalues, Q)
+    one_by_one(torch.linalg.eigh, A, eigenvalues, Q)
     return eigenvalues, Q
-
-
-def _one_by_one(decompose: Callable[[Tensor], tuple[Tensor, ...]], A: Tensor, *results: Tensor) -> Tensor:
-    """Decompose each matrix by itself into its row of `results`; again in float64, and then NaN, where that fails.
-
-    torch hands LAPACK a copy of a single matrix, in an allocation of its own: that is what makes the result
-    independent of the stack. Returns which rows are finite, `(n,)`.
-    """
-    ok, rows = torch.zeros(len(A), dtype=torch.bool, device=A.device), list(range(len(A)))
-    for dtype in dict.fromkeys((A.dtype, torch.float64)):
-        for row in rows:
-            try:
-                parts: tuple[Tensor | float, ...] = decompose(A[row].to(dtype))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                parts = (torch.nan,) * len(results)
-            for result, part in zip(results, parts, strict=True):
-                result[row] = part
-        ok = torch.stack([finite(result) for result in results]).all(dim=0)
-        rows = (~ok).nonzero().flatten().tolist()
-    return ok

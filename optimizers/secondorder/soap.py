@@ -9,9 +9,8 @@ from typing_extensions import Unpack
 from secondorder._optimizer import PreconditionedOptimizer
 from secondorder._options import FACTOR_BETA, KRONECKER, REFRESH_BY, KroneckerOptions, Option, one_of
 from secondorder.curvature.gradient import GradientStatistic
-from secondorder.preconditioner.adam import AdamInBasis
+from secondorder.preconditioner.adam import AdamInBasis, AdamKronecker
 from secondorder.preconditioner.eigenbasis import EigenBasis
-from secondorder.preconditioner.kronecker import Kronecker
 from secondorder.preconditioner.protocol import Method
 
 
@@ -87,4 +86,4 @@ class SOAP(PreconditionedOptimizer):
         super().__init__(params, own, options)
 
     def _method(self, group: dict[str, Any]) -> Method:
-        return Kronecker(GradientStatistic(), EigenBasis(), AdamInBasis(), lagged=True, first=group["first"])
+        return AdamKronecker(GradientStatistic(), EigenBasis(), AdamInBasis(), lagged=True, first=group["first"])

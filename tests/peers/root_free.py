@@ -36,7 +36,8 @@ class PeerRootFreeAdam(RootFree):
     def apply(self, s: State, moment: Tensor, x: Streams, c: Context) -> Tensor:
         beta1, beta2 = c.hp["betas"]
         m = ema_(s["exp_avg"], moment, (1 - beta1) * c.gate, c)
-        v = self.accumulate(s, x["grad"], c) - c.hp["eps"]
+        super().apply(s, m, x, c)  # for the average of squares
+        v = s["exp_avg_sq"]
         if c.hp["bias_correction"]:
             m, v = m / c.expand(c.weight(beta1, c.count), m), v / c.expand(c.weight(beta2, c.count), v)
         return m / (v + c.hp["eps"])

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from secondorder.preconditioner.protocol import Context, State, Streams
+from secondorder_kernels import gram
 
-_TILE = 128  # symmetric products of at most this size are computed whole
 _CHUNK = 1 << 24  # elements of per-sample gradients that are held at a time
 
 
@@ -79,39 +79,32 @@ class Sums:
         return self.raw[stream][start], self.scales[stream]
 
 
-def gram(X: Tensor) -> Tensor:  # (k, m, d) -> (k, d, d)
-    """`XᵀX`, of large matrices only the tiles below the diagonal, mirrored: at three halvings 0.56 of the work."""
-    return _gram(X, 3)
-
-
-def _gram(X: Tensor, depth: int) -> Tensor:
-    d = X.shape[-1]
-    if d <= _TILE or depth == 0:
-        return X.mT @ X
-    left, right = X[..., : d // 2], X[..., d // 2 :]
-    below = right.mT @ left
-    upper = torch.cat([_gram(left, depth - 1), below.mT], -1)
-    return torch.cat([upper, torch.cat([below, _gram(right, depth - 1)], -1)], -2)
-
-
 def output_sums(rows: Tensor, side: Side) -> list[Tensor]:  # rows (k, m, d)
     """`G` of every factor: `(k, d, d)`, or `(k, d)` where diagonal."""
     parts = [rows[..., start:stop] for start, stop in side.cuts]
-    return [part.square().sum(1) if side.diagonal else gram(part) for part in parts]
+    return [part.square().sum(1) if side.diagonal else gram(part.mT) for part in parts]
 
 
-def input_sums(rows: Tensor, count: Tensor, side: Side) -> list[Tensor]:  # rows (k, m, d), count (k,)
-    """`A` of every factor, of rows of which those that do not count are zero."""
-    found = output_sums(rows, side)
-    if side.joined:
-        if side.diagonal:
-            found[-1] = torch.cat([found[-1], count[:, None]], -1)
-        else:
-            start, stop = side.cuts[-1]
-            column = rows[..., start:stop].sum(1)[..., None]
-            upper = torch.cat([found[-1], column], -1)
-            last = torch.cat([column.mT, count[:, None, None]], -1)
-            found[-1] = torch.cat([upper, last], -2)
+def input_sums(rows: Tensor, counts: Tensor | None, side: Side) -> list[Tensor]:  # rows (k, m, d)
+    """`A` of every factor.
+
+    Args:
+        rows: Inputs.
+        counts: `(k, m)`, 1 for rows that count, else 0; None: all of them do.
+        side: The input side.
+    """
+    found = []
+    for start, stop in side.cuts:
+        part, joined = rows[..., start:stop], side.joined and stop == side.cuts[-1][1]
+        if not side.diagonal:
+            found.append(gram(part.mT, weight=counts, ones=joined))
+            continue
+        square = part.square() if counts is None else part.square() * counts[..., None]
+        sums = square.sum(1)
+        if joined:
+            count = sums.new_full((len(sums),), rows.shape[1]) if counts is None else counts.sum(1)
+            sums = torch.cat([sums, count[:, None]], -1)
+        found.append(sums)
     return found
 
 

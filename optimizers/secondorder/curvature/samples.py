@@ -46,9 +46,7 @@ class Kept:
         return self.g[0].shape[1]
 
 
-def keep(
-    rule: LayerRule, g: Sequence[Tensor], saved: tuple[Tensor, ...] | None, m: int, anew: bool
-) -> Kept:
+def keep(rule: LayerRule, g: Sequence[Tensor], saved: tuple[Tensor, ...] | None, m: int, anew: bool) -> Kept:
     """Rows of the first m examples.
 
     Args:

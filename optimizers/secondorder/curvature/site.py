@@ -252,14 +252,14 @@ class Site:
                 out["inputs"] = [rule.token_sums(here, reduce, *saved, dtype=g.dtype)[None]]  # type: ignore[attr-defined]
             else:
                 assert a is not None
-                weighted = a if here is None else a * here[..., None]
                 if not reduce:
-                    flat = weighted.flatten(1, 2)
+                    flat = a.flatten(1, 2)
                 elif here is None:
-                    flat = weighted.mean(2)
+                    flat = a.mean(2)
                 else:
-                    flat = weighted.sum(2) / here.sum(2, keepdim=True).clamp_min(1)
-                out["inputs"] = input_sums(flat, rows, wants.inputs)
+                    flat = (a * here[..., None]).sum(2) / here.sum(2, keepdim=True).clamp_min(1)
+                counts = None if here is None else (here.any(2) if reduce else here.flatten(1)).to(flat.dtype)
+                out["inputs"] = input_sums(flat, counts, wants.inputs)
         if "moment" in self.leaves:
             every = self.frames or [(None, None)] * len(self.leaves["moment"])  # before the first step
             frames = [tuple(None if q is None else q[group : group + len(g)] for q in pair) for pair in every]

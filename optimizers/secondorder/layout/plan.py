@@ -23,6 +23,7 @@ from secondorder.curvature.site import is_distributed as is_distributed
 from secondorder.layout.blocks import Fold
 from secondorder.layout.buckets import BaseBucket, Candidate, Strand, factor_dtype
 from secondorder.linalg import known
+from secondorder_kernels import apply_update_
 
 Group = dict[str, Any]
 Norms = list[tuple[list[int], Tensor, Tensor]]
@@ -342,11 +343,7 @@ def write(
             copies[strand.index] = strand.unfold(params[strand.index])
         copy = copies[strand.index]
         targets.append(copy if strand.region is None else copy[strand.region])
-    if keep is not None and not decay_after:
-        torch._foreach_mul_(targets, keep)
-    torch._foreach_add_(targets, list(updates), alpha=-lr)
-    if keep is not None and decay_after:
-        torch._foreach_mul_(targets, keep)
+    apply_update_(targets, updates, lr=lr, keep=keep, decay_after=decay_after)
     folds = {strand.index: strand.fold for strand in strands}
     for index, copy in copies.items():
         p, fold = params[index], folds[index]

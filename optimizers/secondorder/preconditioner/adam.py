@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secondorder.preconditioner.kronecker import Move
+from secondorder.preconditioner.eigenbasis import EigenBasis
+from secondorder.preconditioner.kronecker import Kronecker, Move
 from secondorder.preconditioner.modes import mul
 from secondorder.preconditioner.protocol import Context, Spec, State, put_
-from secondorder_kernels import adam_direction_
+from secondorder_kernels import adam_direction_, adam_in_basis_
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,30 @@ class AdamInBasis:
         """`1 / (√v + eps)`."""
         v = s["exp_avg_sq"]
         return 1 / (v.sqrt() + self.epsilon(c, v))
+
+
+@dataclass(frozen=True)
+class AdamKronecker(Kronecker):
+    """SOAP's row: Adam in the eigenbasis, in one operation with the last projection where blocks are matrices."""
+
+    factor: EigenBasis
+    scaling: AdamInBasis
+
+    def scaled(self, s: State, X: Tensor, c: Context) -> Tensor:
+        """See `Kronecker`."""
+        if X.ndim != 3 or 1 not in c.modes:
+            return super().scaled(s, X, c)
+        if 0 in c.modes:
+            X = self.factor.into(s, X, 0)
+        rate1, rate2 = self.scaling.rates(c)
+        return adam_in_basis_(
+            s["exp_avg"],
+            s["exp_avg_sq"],
+            X,
+            s["basis_1"],
+            beta1_rate=rate1,
+            beta2_rate=rate2,
+            beta1=c.hp["betas"][0],
+            eps=self.scaling.epsilon(c, X),
+            nesterov=c.hp["nesterov"],
+        )

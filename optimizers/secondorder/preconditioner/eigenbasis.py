@@ -24,9 +24,8 @@ from torch import Tensor
 
 from secondorder import linalg
 from secondorder.preconditioner.kronecker import Move
-from secondorder.preconditioner.modes import mul
+from secondorder.preconditioner.modes import fold_, mul
 from secondorder.preconditioner.protocol import Context, Modes, Spec, State, put_
-from secondorder_kernels import ema_syrk_
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ class EigenBasis:
         """Average `R R^T` of every mode."""
         beta = c.hp["factor_beta"]
         rate = c.rate(c.hp["betas"][1] if beta is None else beta, c.seen)
-        for i in c.modes:
-            ema_syrk_(s[f"covariance_{i}"], roots[i], rate)
+        fold_({i: s[f"covariance_{i}"] for i in c.modes}, roots, rate)
 
     def refresh(self, s: State, c: Context) -> dict[int, Move]:
         """New bases for the modes that are due; a row whose decomposition failed keeps its basis and is counted."""

@@ -11,29 +11,34 @@ other method's. Anil et al., *Scalable Second Order Optimization for Deep Learni
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from secondorder.preconditioner.protocol import Context, Spec, State, ema_, put_
-
-
-def norms(X: Tensor) -> Tensor:
-    """Frobenius norm `(n,)` of every row, whose bits do not hang on where the row lies."""
-    wide = X.dtype if X.device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(X.flatten(1), dim=1, dtype=wide).to(X.dtype)
+from secondorder.preconditioner.protocol import Context, Spec, State, put_
+from secondorder_kernels import graft_
 
 
 @dataclass(frozen=True)
 class SGDGraft:
-    """`D = m̃`, and what all grafts share."""
+    """`D = m̃`, and what all grafts share.
+
+    Attributes:
+        kind: How `V` is made of squares: "adam" for an average, "adagrad" for a sum, "sgd" for none.
+        squares: Name of the state entry `V`.
+    """
+
+    kind: ClassVar[str] = "sgd"
+    squares: ClassVar[str] = ""
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         """`graft_scale`: `|D| / |U|` of the last step, for `preconditioner(p)`; 0 before there is one."""
         return {"graft_scale": Spec(())}
 
-    def accumulate(self, s: State, G: Tensor, c: Context) -> None:
-        """Fold this gradient in."""
+    def rate(self, c: Context) -> Tensor:
+        """Rate `(n,)` of the average; of a sum, which rows take part."""
+        return c.gate
 
     def diagonal(self, s: State, like: Tensor, c: Context) -> Tensor:
         """`1 / (√V + eps)`, or 1: what `D` multiplies the momentum by."""
@@ -41,33 +46,33 @@ class SGDGraft:
 
     def lend(self, s: State, U: Tensor, moment: Tensor, G: Tensor, c: Context) -> Tensor:
         """`U` with the length of `D`, or `D` where `U` is zero."""
-        self.accumulate(s, G, c)
-        D = moment * self.diagonal(s, moment, c)
-        length = norms(U)
-        scale = torch.where(length > 0, norms(D) / length, 0.0)
+        if self.squares:
+            V = s[self.squares]
+            lent, scale = graft_(U, moment, G, V, rate=self.rate(c), eps=c.hp["eps"], kind=self.kind)
+        else:
+            lent, scale = graft_(U, moment, kind=self.kind)
         put_(s["graft_scale"], scale, c.gate, c)
-        return torch.where(c.expand(length, U) > 0, U * c.expand(scale, U), D)
+        return lent
 
 
 @dataclass(frozen=True)
 class AdamGraft(SGDGraft):
     """`V` is Adam's second moment: an average with decay β2, debiased (as it is stored)."""
 
+    kind: ClassVar[str] = "adam"
+    squares: ClassVar[str] = "graft_exp_avg_sq"
+
     def specs(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         """See `SGDGraft`."""
-        return {**super().specs(shape), "graft_exp_avg_sq": Spec(shape)}
+        return {**super().specs(shape), self.squares: Spec(shape)}
 
     def rate(self, c: Context) -> Tensor:
-        """Rate `(n,)` of the average."""
-        return c.rate(c.hp["betas"][1], c.count)
-
-    def accumulate(self, s: State, G: Tensor, c: Context) -> None:
         """See `SGDGraft`."""
-        ema_(s["graft_exp_avg_sq"], G.square(), self.rate(c), c)
+        return c.rate(c.hp["betas"][1], c.count)
 
     def diagonal(self, s: State, like: Tensor, c: Context) -> Tensor:
         """See `SGDGraft`."""
-        return 1 / (s["graft_exp_avg_sq"].sqrt() + c.hp["eps"])
+        return 1 / (s[self.squares].sqrt() + c.hp["eps"])
 
 
 @dataclass(frozen=True)
@@ -80,20 +85,15 @@ class RMSpropGraft(AdamGraft):
 
 
 @dataclass(frozen=True)
-class AdagradGraft(SGDGraft):
+class AdagradGraft(AdamGraft):
     """`V` is the sum of all squares: steps shrink like 1/√t."""
 
-    def specs(self, shape: tuple[int, ...]) -> dict[str, Spec]:
-        """See `SGDGraft`."""
-        return {**super().specs(shape), "graft_sum_sq": Spec(shape)}
+    kind: ClassVar[str] = "adagrad"
+    squares: ClassVar[str] = "graft_sum_sq"
 
-    def accumulate(self, s: State, G: Tensor, c: Context) -> None:
+    def rate(self, c: Context) -> Tensor:
         """See `SGDGraft`."""
-        s["graft_sum_sq"].add_(torch.where(c.expand(c.gate, G) > 0, G.square(), 0.0))
-
-    def diagonal(self, s: State, like: Tensor, c: Context) -> Tensor:
-        """See `SGDGraft`."""
-        return 1 / (s["graft_sum_sq"].sqrt() + c.hp["eps"])
+        return c.gate
 
 
 GRAFTS = {"adam": AdamGraft, "rmsprop": RMSpropGraft, "adagrad": AdagradGraft, "sgd": SGDGraft}

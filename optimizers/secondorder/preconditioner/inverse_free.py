@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from secondorder import linalg
-from secondorder.preconditioner.group_factor import square_along, square_spectrum
+from secondorder.preconditioner.group_factor import apply_squares, square_spectrum
 from secondorder.preconditioner.layer_basis import outer
 from secondorder.preconditioner.protocol import (
     FACTOR_DTYPES,
@@ -165,16 +165,13 @@ class InverseFree(Method):
             K = v.unit * (1 + T).clamp_min(torch.finfo(dtype).eps).rsqrt()
         else:
             safe = 1 / kind.spectral_bound(T).clamp_min(1)
-            K = v.unit - kind.product(v.unit, T) * c.expand((safe / 2).to(dtype), T)
+            K = kind.step(v.unit, T, (safe / 2).to(dtype))
         return {f"root_{mode}": K * c.expand(scale, K), **new}
 
     def apply(self, s: State, moment: Tensor, x: Streams, c: Context) -> Tensor:
         """`M ×_i K_i K_iᵀ`."""
-        X = moment
-        for i in sorted((*c.modes, *c.diagonal)):
-            kind, K = self.structure(i, c.diagonal), s[f"root_{i}"].to(X.dtype)
-            X = square_along(kind, K, X, i)
-        return X
+        kinds = {i: self.structure(i, c.diagonal) for i in sorted((*c.modes, *c.diagonal))}
+        return apply_squares(kinds, {i: s[f"root_{i}"].to(moment.dtype) for i in kinds}, moment)
 
     def spectra(self, s: State, c: Context) -> tuple[dict[int, Tensor], Tensor, Tensor]:
         """`(K K^T)^-1`, which contains the damping, and `K Kᵀ`."""

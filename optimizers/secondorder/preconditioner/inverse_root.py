@@ -27,9 +27,8 @@ from torch import Tensor
 from secondorder import linalg
 from secondorder.preconditioner.grafts import SGDGraft
 from secondorder.preconditioner.kronecker import Kronecker, Move, Scaling
-from secondorder.preconditioner.modes import mul
+from secondorder.preconditioner.modes import fold_, mul
 from secondorder.preconditioner.protocol import Context, Modes, Spec, State, Streams, put_
-from secondorder_kernels import ema_syrk_
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class InverseRoot:
     def absorb(self, s: State, roots: dict[int, Tensor], c: Context) -> None:
         """Average `R R^T` of every mode."""
         rate = self.rate(c)
-        for i in c.modes:
-            ema_syrk_(s[f"covariance_{i}"], roots[i], rate)
+        fold_({i: s[f"covariance_{i}"] for i in c.modes}, roots, rate)
 
     def rate(self, c: Context) -> Tensor:
         """Rate `(n,)` of the average; the sum is kept as a mean, which stays in range."""

@@ -30,9 +30,8 @@ from secondorder.curvature.whitened import shrink
 from secondorder.preconditioner.eigenbasis import EigenBasis
 from secondorder.preconditioner.kronecker import Kronecker, Move
 from secondorder.preconditioner.layer_basis import outer
-from secondorder.preconditioner.modes import along, mul
+from secondorder.preconditioner.modes import along, fold_, mul
 from secondorder.preconditioner.protocol import Context, Spec, State, Streams, put_
-from secondorder_kernels import ema_syrk_
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ class KLBasis(EigenBasis):
         given = c.hp["factor_beta"]
         beta = c.hp["betas"][1] if given is None else given
         rate = torch.where(c.seen_gate > 0, (1 - beta) / c.weight(beta, c.seen + 1), 0.0)
-        for i in c.modes:
-            ema_syrk_(s[f"covariance_{i}"], roots[i], rate)
+        fold_({i: s[f"covariance_{i}"] for i in c.modes}, roots, rate)
         self._balance(s, c)
 
     def _balance(self, s: State, c: Context) -> None:

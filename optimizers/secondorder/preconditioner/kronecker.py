@@ -124,13 +124,16 @@ class Kronecker(Method):
 
     def apply(self, s: State, moment: Tensor, x: Streams, c: Context) -> Tensor:
         """`V · scale(U · M)`: two products per mode."""
-        X = moment
-        for i in c.modes:
-            X = self.factor.into(s, X, i)
-        X = self.scaling.scale(s, X, c)
+        X = self.scaled(s, moment, c)
         for i in c.modes:
             X = self.factor.out(s, X, i)
         return X
+
+    def scaled(self, s: State, X: Tensor, c: Context) -> Tensor:
+        """`scale(U · X)`."""
+        for i in c.modes:
+            X = self.factor.into(s, X, i)
+        return self.scaling.scale(s, X, c)
 
     def refresh_cost(self, shape: tuple[int, ...], mode: int) -> float:
         """See `Method`."""

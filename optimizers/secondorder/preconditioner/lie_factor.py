@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from secondorder import linalg
-from secondorder.preconditioner.group_factor import act_along, square_along, square_spectrum
-from secondorder.preconditioner.modes import mean_square, unfold
+from secondorder.preconditioner.group_factor import apply_squares, square_spectrum, whitened_grams
+from secondorder.preconditioner.modes import mean_square
 from secondorder.preconditioner.protocol import (
     FACTOR_DTYPES,
     Context,
@@ -85,21 +85,19 @@ class LieFactor(Method):
         G, kinds = x["grad"], _kinds(x["grad"], c)
         K = {i: s[f"factor_{i}"].to(G.dtype) for i in kinds}
         B = batch_factor(c.hp)
-        T = G * B**0.5
-        for i, kind in kinds.items():
-            T = act_along(kind.apply_t, K[i], T, i)
+        grams = whitened_grams(kinds, K, G * B**0.5)
         traces = {i: kind.frobenius(K[i]).square() / G.shape[i + 1] for i, kind in kinds.items()}
         noise = self.noise(s, B * mean_square(G), c) * torch.stack(list(traces.values())).prod(0)
         new: dict[str, Tensor] = {}
         for i, kind in kinds.items():
             d = G.shape[i + 1]
-            gram = kind.project_gram(unfold(T, i)) * (d / G[0].numel())
+            gram = grams[i] * (d / G[0].numel())
             gram = gram + c.expand(noise / traces[i], gram) * kind.self_gram(K[i])
             m = (gram - kind.eye(d, dtype=G.dtype, device=G.device)) / 2
             if c.hp["factor_momentum"]:
                 rate = self.momentum_rate(c)
                 m = new[f"factor_momentum_{i}"] = s[f"factor_momentum_{i}"].to(G.dtype).lerp(m, c.expand(rate, m))
-            new[f"factor_{i}"] = K[i] - c.expand(self.rate(kind, m, c), m) * kind.product(K[i], m)
+            new[f"factor_{i}"] = kind.step(K[i], m, self.rate(kind, m, c))
         live = c.seen_gate > 0
         good = torch.stack([linalg.finite(value) for value in new.values()]).all(0)
         s["failures"].add_((live & ~good).to(s["failures"].dtype))
@@ -108,10 +106,8 @@ class LieFactor(Method):
 
     def apply(self, s: State, moment: Tensor, x: Streams, c: Context) -> Tensor:
         """`M ×_i K_i K_i^T`."""
-        U = moment
-        for i, kind in _kinds(moment, c).items():
-            K = s[f"factor_{i}"].to(U.dtype)
-            U = square_along(kind, K, U, i)
+        kinds = _kinds(moment, c)
+        U = apply_squares(kinds, {i: s[f"factor_{i}"].to(moment.dtype) for i in kinds}, moment)
         U = U * c.expand(self.unit(s, c), U)
         # After a jump by many orders of magnitude factors need some steps to follow.
         finite = linalg.finite(U)

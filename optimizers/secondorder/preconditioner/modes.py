@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
+
+import secondorder_kernels as kernels
 
 
 def unfold(X: Tensor, mode: int) -> Tensor:
@@ -12,10 +16,29 @@ def unfold(X: Tensor, mode: int) -> Tensor:
     return X.movedim(mode + 1, 1).reshape(X.shape[0], X.shape[mode + 1], -1)
 
 
-def gram(X: Tensor, mode: int) -> Tensor:
-    """`X_(mode) X_(mode)^T`, `(n, d, d)`."""
-    M = unfold(X, mode)
-    return M @ M.mT
+def gram(X: Tensor, mode: int, scale: float | Tensor = 1.0) -> Tensor:
+    """`scale X_(mode) X_(mode)^T`, `(n, d, d)`; a number, or one for each block `(n,)`."""
+    return kernels.gram(unfold(X, mode), scale=scale)
+
+
+def fold_(averages: Mapping[int, Tensor], roots: Mapping[int, Tensor], rate: Tensor) -> None:
+    """`C_i <- C_i + rate (R_i R_i^T - C_i)` for the modes that have an average, rate `(n,)`, in place.
+
+    Args:
+        averages: `C_i (n, d_i, d_i)` by mode.
+        roots: `R_i (n, d_i, m_i)` by mode.
+        rate: One for each block.
+    """
+    if averages.keys() == {0, 1} and _are_transposes(roots[0], roots[1]):
+        kernels.ema_syrk_pair_(averages[0], averages[1], roots[0], rate)
+        return
+    for i, average in averages.items():
+        kernels.ema_syrk_(average, roots[i], rate)
+
+
+def _are_transposes(X: Tensor, Y: Tensor) -> bool:
+    """Whether one is a view of the other, transposed: the two unfoldings of a matrix."""
+    return X.data_ptr() == Y.data_ptr() and X.shape == Y.mT.shape and X.stride() == Y.mT.stride()
 
 
 def mul(A: Tensor, X: Tensor, mode: int) -> Tensor:

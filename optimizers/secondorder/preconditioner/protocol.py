@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from secondorder.linalg import known
-from secondorder.preconditioner.rounding import row_keys, stochastic_round
+from secondorder_kernels import row_keys, stochastic_round
 
 State = dict[str, Tensor]
 Streams = Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class Spec:
         init: What a row starts with: a number, `"eye"` for the identity matrix, or a function that makes the entry,
             called with `dtype` and `device`.
         dtype: Of the stored tensor; None: that of the products. What `ema_` and `put_` write to a bfloat16 one is
-            rounded stochastically (see `rounding`). Not for element-wise methods.
+            rounded stochastically. Not for element-wise methods.
     """
 
     shape: tuple[int, ...]

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from secondorder.preconditioner.protocol import Context, Method, Modes, Spec, State, Streams, ema_
+from secondorder.preconditioner.protocol import Context, Method, Modes, Spec, State, Streams
+from secondorder_kernels import root_free_
 
 
 def batch_factor(hp: Mapping[str, Any]) -> float | Tensor:
@@ -49,13 +50,9 @@ class RootFree(Method):
 
     def apply(self, s: State, moment: Tensor, x: Streams, c: Context) -> Tensor:
         """The average includes this gradient, then divides."""
-        return moment / self.accumulate(s, x["grad"], c)
-
-    def accumulate(self, s: State, g: Tensor, c: Context) -> Tensor:
-        """`s + eps` with this gradient in s."""
-        beta2 = c.hp["betas"][1]
-        rate = c.rate(beta2, c.count) if c.hp["initial"] is None else (1 - beta2) * c.gate
-        return ema_(s["exp_avg_sq"], g.square() * batch_factor(c.hp), rate, c) + c.hp["eps"]
+        v, beta2 = s["exp_avg_sq"], c.hp["betas"][1]
+        rate = c.expand(c.rate(beta2, c.count) if c.hp["initial"] is None else (1 - beta2) * c.gate, v)
+        return root_free_(v, x["grad"], moment, rate=rate, scale=batch_factor(c.hp), eps=c.hp["eps"])
 
     def spectra(self, s: State, c: Context) -> tuple[dict[int, Tensor], Tensor, Tensor] | None:
         """Diagonal: the average (a prior alone is no curvature), and `1 / (s + eps)`."""

@@ -82,7 +82,7 @@ class SpectralFactors(Method):
         share = (damping / w).to(V.dtype)
         scale = linalg.wide(s["scale"]) * z
         for i in c.modes:
-            H = gram(V, i) * c.expand((1 - share) * V.shape[i + 1] / (square * V[0].numel()), V)
+            H = gram(V, i, (1 - share) * V.shape[i + 1] / (square * V[0].numel()))
             diagonal = H.diagonal(dim1=1, dim2=2) + (share / inverse[i])[:, None] / d[i]
             moved = d[i] * (1 + eta[:, None] * (diagonal - 1))
             basis = s[f"basis_{i}"]
@@ -104,7 +104,7 @@ class SpectralFactors(Method):
         """Bring the bases that are due back to orthogonality."""
         for i in c.modes:
             B = s[f"basis_{i}"]
-            put_(B, 1.5 * B - 0.5 * B @ (B.mT @ B), c.gate, c)
+            put_(B, 1.5 * B - 0.5 * B @ gram(B, 1), c.gate, c)
 
     def apply(self, s: State, moment: Tensor, x: Streams, c: Context) -> Tensor:
         """`S^(-exponent) m`: two products per mode."""

@@ -26,10 +26,9 @@ from torch import Tensor
 from secondorder import linalg
 from secondorder.preconditioner.modes import along, gram, mean_square, mul, unfold
 from secondorder.preconditioner.protocol import Context, Method, Modes, Spec, State, Streams, ema_, put_
+from secondorder_kernels import add_gram_, multiply_update, symmetrise
 
 _POWER_ITERATIONS = 4  # from the heaviest column; an exact λ_max in the cap trained no better
-_LARGEST_TURN = 0.5  # of one Procrustes step, in units of the normalised skew part
-_SYMMETRIC = 1e-7  # relative size of the skew part below which there is nothing to rotate
 
 
 @dataclass(frozen=True)
@@ -146,12 +145,10 @@ class SymmetricRoot(Method):
 
 def _move_dense(K: Tensor, W: Tensor, mode: int, damping: Tensor, w: Tensor, eta: Tensor) -> Tensor:
     """`K - (e/2) (K H - K)`, rotated; `(n, d, d)`."""
-    n, d = K.shape[:2]
-    H = gram(W, mode).mul_(d / W[0].numel()).add_((K.mT @ K).mul_(damping.view(n, 1, 1)))
-    H.div_(w.view(n, 1, 1))
-    e = eta / (eta * _largest_eigenvalue(H)).clamp_min(1)
-    step = (K @ H).sub_(K).mul_((e / 2).view(n, 1, 1))
-    return _symmetrise(torch.sub(K, step, out=step))
+    H = add_gram_(gram(W, mode, K.shape[1] / W[0].numel() / w), K.mT, damping / w)
+    step = eta / (eta * _largest_eigenvalue(H)).clamp_min(1) / 2
+    moved, _ = multiply_update(K, H, step, keep=1 + step)
+    return symmetrise(moved)
 
 
 def _move_diagonal(a: Tensor, W: Tensor, mode: int, damping: Tensor, w: Tensor, eta: Tensor) -> Tensor:
@@ -167,17 +164,3 @@ def _largest_eigenvalue(H: Tensor) -> Tensor:
     for _ in range(_POWER_ITERATIONS):
         v = H @ (v / (v.norm(dim=1, keepdim=True) + 1e-30))
     return v.norm(dim=1).squeeze(1)
-
-
-def _symmetrise(K: Tensor) -> Tensor:
-    """Rotate `K` a little so that `tr K` grows: `K K^T` stays to third order, `K` nears its symmetric polar factor."""
-    R = K.mT - K
-    size = R.flatten(1).norm(dim=1).view(-1, 1, 1)
-    still = size <= _SYMMETRIC * K.flatten(1).norm(dim=1).view(-1, 1, 1)
-    R.div_(torch.where(still, 1.0, size))
-    KR = K @ R
-    KRR = KR @ R
-    first, second = (X.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) for X in (KR, KRR))
-    turn = torch.where(second < 0, -first / second, 1.0).clamp_max(_LARGEST_TURN)
-    turn = torch.where(still, 0.0, turn)
-    return KR.mul_(turn).add_(K).add_(KRR.mul_(0.5 * turn * turn))

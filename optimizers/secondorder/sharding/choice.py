@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from secondorder.layout.plan import SinglePlan, is_distributed
+from secondorder_kernels import fingerprint
 
 
 class Sharing(NamedTuple):
@@ -58,6 +59,7 @@ def group_facts(groups: Sequence[Mapping[str, Any]], sharing: Sharing) -> dict[s
     if sharing.reproducible:
         out["number of threads"] = torch.get_num_threads()
         out["type of device"] = sorted({p.device.type for group in groups for p in group["params"]})
+        out["kernels' mode and tables"] = fingerprint()  # other tiles round otherwise
     for gi, group in enumerate(groups):
         for key, value in group.items():
             if key not in ("params", "param_names"):

@@ -123,17 +123,13 @@ class ShardedPlan(SinglePlan):
         """See `Plan`."""
         if not isinstance(p, DTensor):
             return entry
-        return DTensor.from_local(
-            entry, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-        )
+        return DTensor.from_local(entry, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
     def fill(self, entry: Tensor, held: Tensor) -> None:
         """See `Plan`."""
         if isinstance(entry, DTensor):
             if not isinstance(held, DTensor):
-                held = distribute_tensor(
-                    held.to(entry.device), entry.device_mesh, entry.placements, src_data_rank=None
-                )
+                held = distribute_tensor(held.to(entry.device), entry.device_mesh, entry.placements, src_data_rank=None)
             elif held.placements != entry.placements or held.device_mesh != entry.device_mesh:
                 held = held.redistribute(entry.device_mesh, entry.placements)
             entry.to_local().copy_(held.to_local())

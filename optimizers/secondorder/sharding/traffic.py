@@ -16,6 +16,7 @@ from secondorder.sharding.hook import OwnerHook
 from secondorder.sharding.meeting import Meeting
 from secondorder.sharding.routes import Patch, faces, holders, patches, sources
 from secondorder.sharding.wire import Segment, Wire
+from secondorder_kernels import apply_update_
 
 
 class _Mail:
@@ -226,11 +227,7 @@ class Traffic:
         if not found:
             return
         with faces([(patch, stored[patch.index]) for patch, _ in found]) as targets:
-            if keep is not None and not decay_after:
-                torch._foreach_mul_(targets, keep)
-            torch._foreach_add_(targets, [update for _, update in found], alpha=-lr)
-            if keep is not None and decay_after:
-                torch._foreach_mul_(targets, keep)
+            apply_update_(targets, [update for _, update in found], lr=lr, keep=keep, decay_after=decay_after)
 
 
 def _strand_places(layout: Layout) -> dict[tuple[int, int], tuple[Bucket, int]]:

@@ -94,9 +94,7 @@ class EmbeddingRule(Unbound):
         positions = (kept < self.d_in).sum(dim=1, keepdim=True).clamp(min=1)
         return self._sum_by_token(kept, occurrences.to(dtype) / positions.square())
 
-    def token_sums(
-        self, mask: Tensor, reduce: bool, ids: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:  # (V,)
+    def token_sums(self, mask: Tensor, reduce: bool, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:  # (V,)
         """`reduced_counts` or `token_counts`."""
         return self.reduced_counts(ids, mask, dtype) if reduce else self.token_counts(ids, mask, dtype)
 

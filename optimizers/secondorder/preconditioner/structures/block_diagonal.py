@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secondorder.preconditioner.structures.protocol import Structure, accumulator
+from secondorder_kernels import block_apply, gram, multiply_update
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class BlockDiagonal(Structure):
 
     def apply(self, K: Tensor, X: Tensor) -> Tensor:
         """See `Structure`."""
-        return self._rows(self._blocks(K) @ self._blocks(X), X.shape[1])
+        return self._rows(block_apply(self._blocks(K), self._blocks(X)), X.shape[1])
 
     def apply_t(self, K: Tensor, X: Tensor) -> Tensor:
         """See `Structure`."""
-        return self._rows(self._blocks(K).mT @ self._blocks(X), X.shape[1])
+        return self._rows(block_apply(self._blocks(K), self._blocks(X), transposed=True), X.shape[1])
 
     def project(self, M: Tensor) -> Tensor:
         """See `Structure`."""
@@ -61,16 +62,23 @@ class BlockDiagonal(Structure):
     def project_gram(self, X: Tensor) -> Tensor:
         """See `Structure`."""
         rows = self._blocks(X)
-        return self._rows(rows @ rows.mT, X.shape[1])
+        return self._rows(gram(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]), X.shape[1])
 
     def self_gram(self, K: Tensor) -> Tensor:
         """See `Structure`."""
         blocks = self._blocks(K)
-        return self._rows(blocks.mT @ blocks, K.shape[1])
+        return self._rows(gram(blocks.flatten(0, 1).mT).unflatten(0, blocks.shape[:2]), K.shape[1])
 
     def product(self, K: Tensor, m: Tensor) -> Tensor:
         """See `Structure`."""
         return self.apply(K, m)
+
+    def step(self, K: Tensor, m: Tensor, size: Tensor) -> Tensor:
+        """See `Structure`."""
+        blocks = self._blocks(K)
+        sizes = size.repeat_interleave(blocks.shape[1], output_size=len(blocks) * blocks.shape[1])
+        moved, _ = multiply_update(blocks.flatten(0, 1), self._blocks(m).flatten(0, 1), sizes)
+        return self._rows(moved.unflatten(0, blocks.shape[:2]), K.shape[1])
 
     def average_trace(self, K: Tensor) -> Tensor:
         """See `Structure`."""

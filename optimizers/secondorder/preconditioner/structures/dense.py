@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secondorder.preconditioner.structures.protocol import Structure, accumulator
+from secondorder_kernels import gram, multiply_update
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,19 @@ class Dense(Structure):
 
     def project_gram(self, X: Tensor) -> Tensor:
         """See `Structure`."""
-        return X @ X.mT
+        return gram(X)
 
     def self_gram(self, K: Tensor) -> Tensor:
         """See `Structure`."""
-        return K.mT @ K
+        return gram(K.mT)
 
     def product(self, K: Tensor, m: Tensor) -> Tensor:
         """See `Structure`."""
         return K @ m
+
+    def step(self, K: Tensor, m: Tensor, size: Tensor) -> Tensor:
+        """See `Structure`."""
+        return multiply_update(K, m, size)[0]
 
     def average_trace(self, K: Tensor) -> Tensor:
         """See `Structure`."""

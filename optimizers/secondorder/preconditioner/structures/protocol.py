@@ -63,6 +63,10 @@ class Structure(Protocol):
         """`K m` of two elements, again an element."""
         ...
 
+    def step(self, K: Tensor, m: Tensor, size: Tensor) -> Tensor:
+        """`K (I - size m)`, size `(n,)`, for float32 and float64."""
+        return K - size.view(-1, *[1] * (K.ndim - 1)) * self.product(K, m)
+
     def average_trace(self, K: Tensor) -> Tensor:
         """`tr(K) / d`, `(n,)`."""
         ...
