@@ -29,7 +29,7 @@ from secondorder.layout.faces import Layout
 from secondorder.layout.plan import Flags, SinglePlan
 from secondorder.preconditioner.elementwise import AdamWMethod
 from secondorder.preconditioner.protocol import Method
-from secondorder.sharding.choice import Sharing, chosen_plan, group_facts
+from secondorder.sharding.choice import Sharing, check_rounding, chosen_plan, group_facts
 from secondorder.sharding.sync import attach_hook, clip_grad_norm_, warn_uneven
 from secondorder.sharding.tree import TreeSums
 
@@ -188,6 +188,8 @@ class PreconditionedOptimizer(Inspection):
     def _arrange(self, layout: Layout) -> None:
         """Give the layout its plan, and let the processes compare what they have."""
         layout.plan = self._chosen_plan(layout)
+        if layout.plan.group is not None:
+            check_rounding(self.param_groups)
         names: dict[int, str] = {}
         for gi, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):

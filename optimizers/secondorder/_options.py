@@ -35,6 +35,7 @@ class CommonOptions(TypedDict, total=False):
     maximize: bool
     max_update_rms: float | None
     on_nonfinite: Literal["skip", "raise"]
+    param_rounding: Literal["nearest", "stochastic"]
     sharding: Literal["auto", "owners"]
     reproducible: bool
     process_group: Any
@@ -163,6 +164,13 @@ COMMON: dict[str, Option] = {
         *one_of("skip", "raise"),
         "what becomes of a step with a gradient that is not finite or too large for a Gram matrix: leave state and "
         "parameters as they are and count it, or raise RuntimeError (which waits for the device in every step).",
+    ),
+    "param_rounding": Option(
+        "nearest",
+        *one_of("nearest", "stochastic"),
+        "how parameters in bfloat16 are written. To nearest, updates below half a unit in the last place are lost, "
+        'however often they come; "stochastic": they move it with the right probability, so that bfloat16 parameters '
+        "train without a float32 copy. For parameters that one process keeps whole.",
     ),
     "sharding": Option(
         "auto",

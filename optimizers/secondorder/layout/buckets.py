@@ -185,6 +185,7 @@ class BaseBucket:
         strands: `(piece, strand)` of every strand; `work_rows` has their places in the same order.
         held: Streams with workspaces of their own: the update waits there until all buckets have theirs (see `_step`).
         told: What the last step left for `diagnostics()`.
+        origins: Where strands come from (see `noise`), made where it is asked for.
     """
 
     group: int
@@ -202,6 +203,7 @@ class BaseBucket:
     strands: list[tuple[int, Strand]] = field(default_factory=list, repr=False)
     held: tuple[str, ...] = ()
     told: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    origins: Tensor | None = field(default=None, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -237,6 +239,7 @@ class BaseBucket:
     def bind(self, workspaces: Mapping[str, Tensor]) -> None:
         """Use these flat workspaces for `grad`, `update`, (where there is one) `param`, and statistics."""
         self.strands = [(r, strand) for r, piece in enumerate(self.pieces) for strand in piece.strands]
+        self.origins = None
         self.work, self.work_rows = {}, {}
         shapes = self.streams()
         for name, flat in workspaces.items():

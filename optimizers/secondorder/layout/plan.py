@@ -22,6 +22,7 @@ from secondorder.curvature.layer import Sums
 from secondorder.curvature.site import is_distributed as is_distributed
 from secondorder.layout.blocks import Fold
 from secondorder.layout.buckets import BaseBucket, Candidate, Strand, factor_dtype
+from secondorder.layout.noise import rounding_keys
 from secondorder.linalg import known
 from secondorder_kernels import apply_update_
 
@@ -212,7 +213,8 @@ class SinglePlan:
             lr = scaled(b, hp)
             updates = [b.work_rows["update"][j] for j in chosen]
             keep = kept(b.dtype, flags.ok[b.device], hp)
-            write([b.strands[j][1] for j in chosen], stored, updates, lr, keep, b.method.decay_after)
+            keys = rounding_keys(b, chosen, hp)
+            write([b.strands[j][1] for j in chosen], stored, updates, lr, keep, b.method.decay_after, keys)
 
     def finish(self, stored: Sequence[Tensor], flags: Flags, groups: Sequence[Group], calls: Sequence[int]) -> None:
         """See `Plan`."""
@@ -330,6 +332,7 @@ def write(
     lr: float,
     keep: Tensor | None,
     decay_after: bool,
+    keys: Tensor | None = None,
 ) -> None:
     """Apply updates to regions of parameters, whatever the parameters' memory layout."""
     copies: dict[int, Tensor] = {}
@@ -343,7 +346,7 @@ def write(
             copies[strand.index] = strand.unfold(params[strand.index])
         copy = copies[strand.index]
         targets.append(copy if strand.region is None else copy[strand.region])
-    apply_update_(targets, updates, lr=lr, keep=keep, decay_after=decay_after)
+    apply_update_(targets, updates, lr=lr, keep=keep, decay_after=decay_after, keys=keys)
     folds = {strand.index: strand.fold for strand in strands}
     for index, copy in copies.items():
         p, fold = params[index], folds[index]

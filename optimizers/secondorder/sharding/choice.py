@@ -41,6 +41,20 @@ def chosen_plan(plan: Any, params: Sequence[Tensor], sharing: Sharing, hook: Any
     return ShardedPlan(group, reproducible, hook)
 
 
+def check_rounding(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what a plan over several processes cannot do: positions in a part of a parameter are not the whole's.
+
+    Raises:
+        ValueError: If a group asks for stochastic rounding.
+    """
+    for gi, group in enumerate(groups):
+        if group["param_rounding"] != "nearest":
+            raise ValueError(
+                f"param_rounding of group {gi} must be 'nearest' where blocks are shared by several processes, "
+                f"got {group['param_rounding']!r}"
+            )
+
+
 def _group_of(params: Sequence[Tensor]) -> Any:
     meshes = {p.device_mesh: None for p in params}  # type: ignore[attr-defined]
     largest = max(meshes, key=lambda mesh: mesh.size())
