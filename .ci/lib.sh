@@ -73,7 +73,7 @@ integrations() {
   "$python" -m pytest -m "$1" tests/integrations
 }
 
-golden() { GOLDEN_DIR=../shared/golden "$python" -m pytest tests/test_golden.py; }
+golden() { GOLDEN_DIR=../shared/golden "$python" -m pytest -n 2 tests/test_golden.py tests/test_golden_triton.py; }
 
 # finish: the summary; the exit code says whether every stage passed
 finish() {

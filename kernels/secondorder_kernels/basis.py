@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder_kernels import policy
+from secondorder_kernels import kinds, policy
 from secondorder_kernels.dispatch import Operation, Path
 from secondorder_kernels.elementwise import adam_direction_
 from secondorder_kernels.launch import Shape, triton_path
-from secondorder_kernels.layouts import layout
 from secondorder_kernels.reference import basis as reference
 
 
@@ -35,7 +34,7 @@ def _tensors(
 
 
 def _shape(m: Tensor, v: Tensor, X: Tensor, Q: Tensor, out: Tensor, **options: Any) -> Shape:
-    return f"float32/{policy.precision(torch.float32)}/{layout(X, Q)}", tuple(X.shape)
+    return f"float32/{policy.precision(torch.float32)}/{kinds.layout(X, Q)}", tuple(X.shape)
 
 
 def _refuses(*tensors: Tensor, eps_tensor: Tensor | None = None, **options: Any) -> str | None:

@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder_kernels import policy, strides
-from secondorder_kernels.adamw import adamw_ as adamw_
+from secondorder_kernels import kinds, policy, strides
 from secondorder_kernels.checks import check_dtypes, check_keys, check_shapes
 from secondorder_kernels.dispatch import Operation
 from secondorder_kernels.launch import Shape, triton_path
 from secondorder_kernels.reference import elementwise as reference
 
-_SCATTERED = "tensors of this shape and these strides cannot be seen as stacks of matrices"
 # Of a factor that is a tensor, in which it may count samples; other tensors are refused one by one.
 _FACTORS = (torch.float64, torch.int32, torch.int64)
 
@@ -33,12 +31,11 @@ def _adam_direction_refuses(*args: Any, **options: Any) -> str | None:
     wide = next((t for t in tensors if t is not None and t.dtype not in policy.FLOATS), None)
     if wide is not None:
         return f"there is no kernel for {wide.dtype}"
-    return None if strides.of_tensors(args[0].shape, tensors, keys) else _SCATTERED
+    return None if strides.of_tensors(args[0].shape, tensors, keys) else strides.SCATTERED
 
 
 def _adam_direction_shape(m: Tensor, v: Tensor, g: Tensor, out: Tensor, **options: Any) -> Shape:
-    dtypes = "/".join(str(t.dtype).removeprefix("torch.") for t in (m, v))
-    return dtypes, (m.numel(),)
+    return kinds.dtypes(m, v), (m.numel(),)
 
 
 _adam_direction = Operation(
@@ -142,7 +139,7 @@ def _root_free_refuses(*args: Any, **options: Any) -> str | None:
     wide = next((t for t in tensors if t is not None and t.dtype != torch.float32), None)
     if wide is not None:
         return f"there is no kernel for {wide.dtype}"
-    return None if strides.of_tensors(args[0].shape, tensors) else _SCATTERED
+    return None if strides.of_tensors(args[0].shape, tensors) else strides.SCATTERED
 
 
 _root_free = Operation(

@@ -27,7 +27,7 @@ def _tensors(*args: Any, rate: Tensor | None = None, **options: Any) -> tuple[Te
 def _refuses(*args: Any, rate: Tensor | None = None, **options: Any) -> str | None:
     *tensors, _ = args
     if strides.of_rows(tensors[0].shape, tensors, rate) is None:
-        return "tensors of this shape and these strides cannot be seen as stacks of matrices"
+        return strides.SCATTERED
     return None
 
 

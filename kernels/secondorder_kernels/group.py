@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secondorder_kernels import policy
+from secondorder_kernels import kinds, policy
 from secondorder_kernels.dispatch import Operation
 from secondorder_kernels.launch import Shape, triton_path
-from secondorder_kernels.layouts import layout
 from secondorder_kernels.reference import group as reference
 
 
@@ -29,9 +28,8 @@ def _update_tensors(
 
 
 def _update_shape(K: Tensor, M: Tensor, step: Tensor, *, lower: bool = False, **options: Tensor | None) -> Shape:
-    stored = str(K.dtype).removeprefix("torch.")
     form = "lower" if lower else "dense"
-    return f"{stored}/{policy.precision(M.dtype)}/{layout(K, M)}/{form}", tuple(K.shape[:2])
+    return f"{kinds.dtypes(K)}/{policy.precision(M.dtype)}/{kinds.layout(K, M)}/{form}", tuple(K.shape[:2])
 
 
 def _update_refuses(K: Tensor, M: Tensor, step: Tensor, **options: object) -> str | None:
@@ -124,7 +122,7 @@ _symmetrise = Operation(
             "symmetrise",
             "symmetrise:symmetrise",
             tensors=lambda K: [K],
-            shape=lambda K: (f"float32/{policy.precision(torch.float32)}/{layout(K)}", tuple(K.shape[:2])),
+            shape=lambda K: (f"float32/{policy.precision(torch.float32)}/{kinds.layout(K)}", tuple(K.shape[:2])),
             dtypes=(torch.float32,),
         ),
     ),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder_kernels import policy
+from secondorder_kernels import kinds, policy
 from secondorder_kernels.dispatch import Operation, Path
 from secondorder_kernels.launch import Shape, triton_path
 from secondorder_kernels.reference import products as reference
@@ -22,7 +22,7 @@ _HALF = (torch.bfloat16, torch.float16)
 def product_kind(X: Tensor, weight: Tensor | None = None) -> str:
     """By which tables know a product `X diag(weight) Xᵀ`: dtype, precision, and the axis of X that is fast."""
     fast = "k" if X.stride(-1) == 1 else "d" if X.stride(-2) == 1 else "any"
-    kind = f"{str(X.dtype).removeprefix('torch.')}/{policy.precision(X.dtype if weight is None else torch.float32)}"
+    kind = f"{kinds.dtypes(X)}/{policy.precision(X.dtype if weight is None else torch.float32)}"
     return f"{kind}/{fast}" if weight is None else f"{kind}/{fast}/weighted"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from secondorder_kernels import policy, strides
+from secondorder_kernels import kinds, policy, strides
 from secondorder_kernels.dispatch import Operation
 from secondorder_kernels.launch import Shape, triton_path
 from secondorder_kernels.reference import rounding as reference
@@ -29,7 +29,7 @@ def _refuses(x: Tensor, keys: Tensor) -> str | None:
 
 
 def _shape(x: Tensor, keys: Tensor) -> Shape:
-    return str(x.dtype).removeprefix("torch."), (x.numel(),)
+    return kinds.dtypes(x), (x.numel(),)
 
 
 def _fake(x: Tensor, keys: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 Ints = tuple[int, ...]
 
+SCATTERED = "tensors of this shape and these strides cannot be seen as stacks of matrices"
+
 
 @functools.lru_cache(maxsize=4096)
 def merged(shape: Ints, strides: tuple[Ints, ...], rows: bool = False) -> tuple[Ints, tuple[Ints, ...]]:

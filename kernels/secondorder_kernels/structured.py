@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secondorder_kernels import policy
+from secondorder_kernels import kinds, policy
 from secondorder_kernels.dispatch import Operation
 from secondorder_kernels.launch import Shape, triton_path
-from secondorder_kernels.layouts import layout
 from secondorder_kernels.reference import structured as reference
 
 
@@ -24,7 +23,7 @@ def _diagonal_tensors(G: Tensor, a: Tensor, b: Tensor) -> list[Tensor | None]:
 
 
 def _diagonal_shape(G: Tensor, a: Tensor, b: Tensor) -> Shape:
-    return f"float32/{layout(G)}", tuple(G.shape)
+    return f"float32/{kinds.layout(G)}", tuple(G.shape)
 
 
 _diagonal_moments = Operation(
@@ -111,7 +110,7 @@ def _check_diagonals(function: str, G: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _block_shape(K: Tensor, X: Tensor, *, transposed: bool = False) -> Shape:
-    kind = f"{str(K.dtype).removeprefix('torch.')}/{policy.precision(K.dtype)}/{layout(K.mT if transposed else K, X)}"
+    kind = f"{kinds.dtypes(K)}/{policy.precision(K.dtype)}/{kinds.layout(K.mT if transposed else K, X)}"
     return kind, (X.shape[0] * X.shape[1], *X.shape[2:])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secondorder_kernels import addresses, policy
+from secondorder_kernels import addresses, kinds, policy
 from secondorder_kernels.dispatch import Operation
 from secondorder_kernels.launch import Shape, triton_path
 from secondorder_kernels.reference import updates as reference
@@ -28,9 +28,8 @@ def _refuses(params: list[Tensor], updates: list[Tensor], **options: Any) -> str
 
 
 def _shape(params: list[Tensor], updates: list[Tensor], *, keys: Tensor | None = None, **options: Any) -> Shape:
-    dtypes = (str(t.dtype).removeprefix("torch.") for t in (params[0], updates[0]))
-    kind = "/".join([*dtypes, *(() if keys is None else ("stochastic",))])
-    return kind, (len(params), sum(p.numel() for p in params))
+    kind = kinds.dtypes(params[0], updates[0])
+    return kind if keys is None else f"{kind}/stochastic", (len(params), sum(p.numel() for p in params))
 
 
 _apply_update = Operation(

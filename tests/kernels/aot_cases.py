@@ -9,7 +9,7 @@ from collections.abc import Callable
 import aot_findings
 import torch
 
-from secondorder_kernels import basis, elementwise, grafts, grams, group, products, rounding, structured, updates
+from secondorder_kernels import adamw, basis, elementwise, grafts, grams, group, products, rounding, structured, updates
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ODD = 3  # added to sizes and strides, so that no access is aligned
@@ -157,7 +157,7 @@ def adamw_(dtype, make=empty):
         params, grads, exp_avgs, exp_avg_sqs = (tensors(count, size, dtype, way) for way in (empty, make, empty, empty))
         options = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
         counts = [empty() for _ in params]
-        elementwise.adamw_(params, grads, exp_avgs, exp_avg_sqs, counts, lr=empty(), refused=empty(), **options)
+        adamw.adamw_(params, grads, exp_avgs, exp_avg_sqs, counts, lr=empty(), refused=empty(), **options)
 
     return call
 

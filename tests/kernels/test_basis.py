@@ -3,13 +3,10 @@
 import pytest
 import torch
 
+from draws import randn
 from secondorder_kernels import explain, use_kernels
 from secondorder_kernels.basis import adam_in_basis_
 from secondorder_kernels.elementwise import adam_direction_
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def arguments(n=3, d1=4, d2=5, dtype=torch.float64):

@@ -1,14 +1,18 @@
 """Public functions inside compiled code: kernels where there are some, and the results of eager mode."""
 
+import functools
+
 import pytest
 import torch
 
+import draws  # noqa: E402
 import secondorder_kernels as kernels
+from laid import DEVICE  # noqa: E402
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a", "ignore::DeprecationWarning")
+randn = functools.partial(draws.randn, dtype=torch.float32, device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -16,10 +20,6 @@ def _fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def products(C, X, rate):

@@ -15,9 +15,8 @@ import triton.language as tl  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import secondorder_kernels as kernels  # noqa: E402
+from laid import DEVICE  # noqa: E402
 from secondorder_kernels import dispatch, launch, policy, tables  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from draws import randn
 from secondorder_kernels import explain, use_kernels
 from secondorder_kernels.elementwise import adam_direction_, root_free_
 from secondorder_kernels.grafts import graft_
@@ -11,10 +12,6 @@ from secondorder_kernels.updates import apply_update_
 
 BF16 = torch.bfloat16
 KEYS = torch.tensor([1, 2**32 - 1, 5])
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def column(*rates):

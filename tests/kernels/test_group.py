@@ -3,15 +3,12 @@
 import pytest
 import torch
 
+from draws import randn
 from laid import LAYOUTS, Laid
 from secondorder_kernels import use_kernels
 from secondorder_kernels.group import multiply_update, symmetrise
 
 F64 = torch.float64
-
-
-def randn(*shape, seed=0, dtype=F64):
-    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def factors(n, d, skew=0.3, dtype=F64):

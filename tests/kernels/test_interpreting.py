@@ -1,5 +1,6 @@
 """What the interpreter computes is what a GPU computes; on a machine with a GPU the same tests run there."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+import draws  # noqa: E402
+from laid import DEVICE  # noqa: E402
 from secondorder_kernels.policy import interpreting  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 16
+randn = functools.partial(draws.randn, dtype=torch.float32)
 
 
 @triton.jit
@@ -54,10 +57,6 @@ def dot(a, b, precision="ieee"):
     c = torch.full((N, N), torch.nan, device=DEVICE)
     dot_kernel[(1,)](a.to(DEVICE), b.to(DEVICE), c, precision, N)
     return c.cpu()
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def patterns():

@@ -3,27 +3,14 @@
 import pytest
 import torch
 
+from draws import gram, randn, symmetric
 from secondorder_kernels import explain, grams, products, use_kernels
 from secondorder_kernels.reference import products as reference
 from secondorder_kernels.reference.rounding import stochastic_round
 
 
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def symmetric(n, d, seed=1, dtype=torch.float64):
-    C = randn(n, d, d, seed=seed)
-    return (C + C.mT).to(dtype)
-
-
 def dense(X, weight=None, ones=False):
-    """`X diag(weight) Xᵀ` in float64."""
-    X = X.double()
-    if ones:
-        X = torch.cat([X, torch.ones_like(X[:, :1])], 1)
-    w = torch.ones_like(X[:, 0]) if weight is None else weight.double()
-    return torch.einsum("nik,nk,njk->nij", X, w, X)
+    return gram(X, weight, ones)[0]
 
 
 def column(r):

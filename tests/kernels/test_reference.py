@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import secondorder_kernels as kernels
+from draws import randn
 from secondorder_kernels import adamw, dispatch
 
 OPERATIONS = ("ema_syrk_", "adam_direction_", "adamw_")
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def column(rate, X):

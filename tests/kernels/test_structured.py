@@ -3,16 +3,13 @@
 import pytest
 import torch
 
+from draws import randn
 from laid import LAYOUTS, Laid
 from secondorder_kernels import use_kernels
 from secondorder_kernels.group import multiply_update
 from secondorder_kernels.structured import block_apply, diagonal_apply, diagonal_moments
 
 DTYPES = [torch.float32, torch.float64]
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def near(found, expected):

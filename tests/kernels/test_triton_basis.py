@@ -1,28 +1,22 @@
 """Adam as the epilogue of a product, against its formula in float64: layouts, sizes, options, bounds."""
 
+import functools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+import draws  # noqa: E402
 from laid import DEVICE, LAYOUTS, Laid, far_apart  # noqa: E402
-from secondorder_kernels import explain, tables, use_kernels  # noqa: E402
+from secondorder_kernels import explain  # noqa: E402
 from secondorder_kernels.basis import adam_in_basis_  # noqa: E402
 
 CONFIG = {"rows": 32, "columns": 16, "depth": 32, "num_warps": 4, "num_stages": 2}
 SHAPES = [(3, 1, 1), (3, 7, 5), (1, 33, 65), (2, 64, 32), (1, 70, 31), (0, 4, 4)]
 CASES = [(shape, LAYOUTS[i % 4]) for i, shape in enumerate(SHAPES)] + [((3, 7, 5), layout) for layout in LAYOUTS]
 RATES = torch.tensor([0.3, 1.0, 0.0])
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch):
-    monkeypatch.setattr(tables, "family_config", lambda *args: CONFIG)
-    with use_kernels("triton"):
-        yield
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+randn = functools.partial(draws.randn, dtype=torch.float32)
+pytestmark = pytest.mark.usefixtures("triton_mode")
 
 
 class Call:
@@ -83,17 +77,14 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row():
 
 
 @pytest.mark.parametrize(
-    ("precision", "least", "most"), [("highest", 0, 1e-5), ("high", 0, 1e-5), ("medium", 1e-4, 5e-2)]
+    ("precision", "least", "most"),
+    [("highest", 0, 1e-5), ("high", 0, 1e-5), ("medium", 1e-4, 5e-2)],
+    indirect=["precision"],
 )
 def test_the_precision_of_the_product_is_that_of_torch(precision, least, most):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        call = Call((1, 16, 32))
-        call.options["beta1_rate"] = torch.ones(1, device=DEVICE)
-        found = call.run()[0].cpu().double()
-    finally:
-        torch.set_float32_matmul_precision(before)
+    call = Call((1, 16, 32))
+    call.options["beta1_rate"] = torch.ones(1, device=DEVICE)
+    found = call.run()[0].cpu().double()
     g = torch.einsum("nik,nkj->nij", call.X.t.cpu().double(), call.Q.t.cpu().double())
     error = ((found - g).abs().max() / g.abs().max()).item()
     assert least <= error <= most
@@ -104,7 +95,6 @@ def test_results_are_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the memory is not there")
 @pytest.mark.parametrize("strides", [(2**30, 5, 1), (2**4, 2**30, 1), (2**4, 1, 2**30)])
 def test_offsets_beyond_2_31_elements_are_right(tmp_path, strides):
     call = Call((3, 3, 3))

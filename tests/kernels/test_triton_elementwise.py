@@ -1,30 +1,25 @@
 """Element-wise kernels on stacks, against their formulas in float64: layouts, sizes, dtypes, options, bounds."""
 
+import functools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+import draws  # noqa: E402
 from laid import DEVICE, LAYOUTS, Laid, far_apart  # noqa: E402
-from secondorder_kernels import explain, tables, use_kernels  # noqa: E402
+from secondorder_kernels import explain, use_kernels  # noqa: E402
 from secondorder_kernels.elementwise import adam_direction_, root_free_  # noqa: E402
 from secondorder_kernels.grafts import graft_  # noqa: E402
 from secondorder_kernels.reference.rounding import mix, stochastic_round  # noqa: E402
 
+CONFIG = {"block": 128, "num_warps": 1}
 BF16 = torch.bfloat16
 RATES = torch.tensor([0.0, 1.0, 0.3])  # of three rows, the first of which stays as it is
 SHAPES = [(3, 1, 1), (3, 7, 5), (1, 33, 65), (3, 64, 32), (1, 130, 31), (0, 4, 4)]
 CASES = [(shape, LAYOUTS[i % 4]) for i, shape in enumerate(SHAPES)] + [((3, 7, 5), layout) for layout in LAYOUTS]
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch):
-    monkeypatch.setattr(tables, "family_config", lambda *args: {"block": 128, "num_warps": 1})
-    with use_kernels("triton"):
-        yield
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+randn = functools.partial(draws.randn, dtype=torch.float32)
+pytestmark = pytest.mark.usefixtures("triton_mode")
 
 
 def column(r, ndim=3):
@@ -153,7 +148,6 @@ def test_rates_of_0_and_1_of_adam():
     assert torch.equal(case.m.t[1], g[1]) and torch.equal(case.v.t[1], g[1] * g[1])
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="takes its memory from sparse files")
 @pytest.mark.parametrize("strides", [(2**30, 8, 1), (1, 2**27, 1)], ids=["rows", "inside a tile"])
 def test_offsets_of_adam_beyond_32_bits(tmp_path, strides):
     shape = (3, 2, 8) if strides[0] > 1 else (1, 18, 8)
@@ -253,7 +247,7 @@ def test_graft_is_its_formula_in_any_layout(layout, kind):
 @pytest.mark.parametrize(
     "shape", [(3, 1, 1), (1, 33, 65), (2, 64, 32), (3, 130, 3), (0, 4, 4), (3, 0, 4), (3, 5)], ids=str
 )
-@pytest.mark.parametrize("layout", ["rows", "sliced"])
+@pytest.mark.parametrize("layout", ["rows", pytest.param("sliced", marks=pytest.mark.slow)])
 def test_graft_of_other_sizes(shape, layout):
     graft(shape, layout, "adam")
 

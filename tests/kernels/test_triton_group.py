@@ -1,11 +1,14 @@
 """Factors that are moved by products, against dense algebra in float64: layouts, sizes, dtypes, options, bounds."""
 
+import functools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+import draws  # noqa: E402
 from laid import DEVICE, LAYOUTS, Laid, far_apart  # noqa: E402
-from secondorder_kernels import explain, tables, use_kernels  # noqa: E402
+from secondorder_kernels import explain  # noqa: E402
 from secondorder_kernels.group import multiply_update, symmetrise  # noqa: E402
 from secondorder_kernels.reference.rounding import stochastic_round  # noqa: E402
 
@@ -13,25 +16,8 @@ CONFIG = {"size": 32, "depth": 16, "num_warps": 4, "num_stages": 2}
 SHAPES = [(3, 1), (2, 7), (1, 65), (1, 64), (0, 4), (3, 0)]
 CASES = [(shape, LAYOUTS[i % 4]) for i, shape in enumerate(SHAPES)] + [((3, 33), layout) for layout in LAYOUTS]
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch):
-    monkeypatch.setattr(tables, "family_config", lambda *args: CONFIG)
-    with use_kernels("triton"):
-        yield
-
-
-@pytest.fixture
-def precision(request):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+randn = functools.partial(draws.randn, dtype=torch.float32, device=DEVICE)
+pytestmark = pytest.mark.usefixtures("triton_mode")
 
 
 def rows(n, first=0.1):
@@ -121,7 +107,6 @@ def test_results_are_the_same_bits_every_time_and_arguments_stay(function):
     assert torch.equal(function(K), function(K)) and torch.equal(K, before)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the memory is not there")
 @pytest.mark.parametrize("strides", [(2**30, 3, 1), (2**4, 2**30, 1), (2**4, 1, 2**30)])
 def test_offsets_beyond_2_31_elements_are_right(tmp_path, strides):
     far = far_apart(tmp_path, (3, 3, 3), strides, torch.float32)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import draws  # noqa: E402
 from laid import DEVICE, LAYOUTS, Laid, far_apart  # noqa: E402
-from secondorder_kernels import addresses, explain, tables, use_kernels  # noqa: E402
+from secondorder_kernels import addresses, explain, use_kernels  # noqa: E402
 from secondorder_kernels.adamw import adamw_  # noqa: E402
 from secondorder_kernels.reference.rounding import stochastic_round  # noqa: E402
 from secondorder_kernels.updates import apply_update_  # noqa: E402
@@ -16,17 +17,12 @@ from secondorder_kernels.updates import apply_update_  # noqa: E402
 SHAPES = [(7, 9), (), (130,), (0, 3), (2, 3, 5), (64,)]
 OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1, "maximize": False}
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch):
-    monkeypatch.setattr(tables, "family_config", lambda *args: {"block": 64, "num_warps": 1})
-    with use_kernels("triton"):
-        yield
+CONFIG = {"block": 64, "num_warps": 1}
+pytestmark = pytest.mark.usefixtures("triton_mode")
 
 
 def randn(shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    return draws.randn(*shape, seed=seed, dtype=dtype, device=DEVICE)
 
 
 def many(seed, dtype=torch.float32):
@@ -247,7 +243,6 @@ def test_autograd_knows_that_parameters_were_written(step):
         saved.backward()
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="takes its memory from a sparse file")
 def test_offsets_of_apply_update_beyond_32_bits(tmp_path):
     far, update = far_apart(tmp_path, (4, 9), (2**30, 1), torch.bfloat16), randn((4, 9))
     apply_update_([far], [update], lr=-1.0)

@@ -60,7 +60,6 @@ def test_the_mean_over_keys_is_the_number():
     assert abs(float(found.mean()) - exact) < 4 * 2**-7 * 0.5 / math.sqrt(n)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="takes its memory from a sparse file")
 @pytest.mark.parametrize("strides", [(2**30, 8, 1), (1, 2**27, 1)], ids=["rows", "inside a tile"])
 def test_offsets_beyond_32_bits(tmp_path, strides):
     shape = (4, 2, 8) if strides[0] > 1 else (1, 18, 8)

@@ -1,27 +1,21 @@
 """Kernels of structured factors, against dense algebra in float64: layouts, sizes, dtypes, bounds."""
 
+import functools
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+import draws  # noqa: E402
 from laid import DEVICE, LAYOUTS, Laid, far_apart  # noqa: E402
-from secondorder_kernels import explain, tables, use_kernels  # noqa: E402
+from secondorder_kernels import explain, use_kernels  # noqa: E402
 from secondorder_kernels.structured import block_apply, diagonal_apply, diagonal_moments  # noqa: E402
 
 CONFIG = {"rows": 32, "columns": 32, "depth": 16, "num_warps": 4, "num_stages": 2}
 SHAPES = [(3, 1, 1), (3, 7, 5), (1, 33, 65), (2, 64, 32), (1, 70, 31), (0, 4, 4), (2, 0, 3), (2, 3, 0)]
 CASES = [(shape, LAYOUTS[i % 4]) for i, shape in enumerate(SHAPES)] + [((3, 7, 5), layout) for layout in LAYOUTS]
-
-
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch):
-    monkeypatch.setattr(tables, "family_config", lambda *args: CONFIG)
-    with use_kernels("triton"):
-        yield
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+randn = functools.partial(draws.randn, dtype=torch.float32)
+pytestmark = pytest.mark.usefixtures("triton_mode")
 
 
 def close(found, expected, tolerance=1e-5):
@@ -108,16 +102,13 @@ def test_every_layout_and_dtype_of_blocks(layout, dtype):
 
 
 @pytest.mark.parametrize(
-    ("precision", "least", "most"), [("highest", 0, 1e-6), ("high", 0, 1e-6), ("medium", 1e-4, 2e-2)]
+    ("precision", "least", "most"),
+    [("highest", 0, 1e-6), ("high", 0, 1e-6), ("medium", 1e-4, 2e-2)],
+    indirect=["precision"],
 )
 def test_the_precision_of_products_is_that_of_torch(precision, least, most):
     K, X = randn(1, 1, 32, 32), randn(1, 1, 32, 16, seed=1)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        found = block_apply(K.to(DEVICE), X.to(DEVICE)).cpu().double()
-    finally:
-        torch.set_float32_matmul_precision(before)
+    found = block_apply(K.to(DEVICE), X.to(DEVICE)).cpu().double()
     expected = torch.einsum("nqik,nqkj->nqij", K.double(), X.double())
     assert least <= ((found - expected).abs().max() / expected.abs().max()).item() <= most
 
@@ -154,7 +145,6 @@ def test_each_is_taken_by_the_registered_operation(function):
         function(*(t.double() for t in arguments))
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the memory is not there")
 @pytest.mark.parametrize("strides", [(2**30, 3, 1), (2**4, 2**30, 1), (2**4, 1, 2**30)])
 def test_offsets_beyond_2_31_elements_are_right(tmp_path, strides):
     given = Diagonals((3, 3, 3))
@@ -163,4 +153,4 @@ def test_offsets_beyond_2_31_elements_are_right(tmp_path, strides):
     close(diagonal_moments(G, a, b)[0], ((given.a * given.G * given.b) ** 2).sum(2))
     close(diagonal_apply(G, a, b), given.a**2 * given.G * given.b**2)
     for K, X in ((G[:, None], G[:1, None].expand(3, 1, 3, 3)), (G[None], G[None])):
-        close(block_apply(K, X), torch.einsum("nqik,nqkj->nqij", K.double(), X.double()))
+        close(block_apply(K, X), torch.einsum("nqik,nqkj->nqij", K.double().cpu(), X.double().cpu()))

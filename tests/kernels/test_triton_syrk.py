@@ -1,50 +1,32 @@
 """Triton's averages of Gram matrices against dense algebra in float64."""
 
+import functools
+
 import pytest
 import torch
 
-from laid_out import LAYOUTS, intact, laid_out
+from laid import DEVICE, LAYOUTS, Laid, far_apart
 from secondorder_kernels import explain, products, tables, use_kernels
 from secondorder_kernels.reference.rounding import stochastic_round
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+import draws  # noqa: E402
+from draws import gram, near  # noqa: E402
 from secondorder_kernels.triton import syrk, tiles  # noqa: E402
 from secondorder_kernels.triton.symmetric_product import symmetric_product  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = {"block": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}
 SMALL = {**CONFIG, "block": 16, "block_k": 16}
 SIZES = [(1, 1, 1), (3, 7, 5), (2, 33, 65), (1, 64, 32), (1, 70, 31)]
 CANARY = 77.0
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator).to(DEVICE, dtype)
-
-
-def symmetric(n, d, seed=1, dtype=torch.float32):
-    C = randn(n, d, d, seed=seed, dtype=torch.float64)
-    return (C + C.mT).to(dtype)
+randn = functools.partial(draws.randn, dtype=torch.float32, device=DEVICE)
+symmetric = functools.partial(draws.symmetric, dtype=torch.float32, device=DEVICE)
 
 
 def rates(n):
     return torch.tensor([0.25, 1.0, 0.9], device=DEVICE)[:n]
-
-
-def gram(X, weight=None, ones=False):
-    """`X diag(weight) Xᵀ` in float64, and the same of absolute values, to which errors are relative."""
-    X = X.double()
-    if ones:
-        X = torch.cat([X, torch.ones_like(X[:, :1])], 1)
-    w = torch.ones_like(X[:, 0]) if weight is None else weight.double()
-    return [torch.einsum("nik,nk,njk->nij", x, v, x) for x, v in ((X, w), (X.abs(), w.abs()))]
-
-
-def near(actual, expected, scale, tolerance=2e-6):
-    assert ((actual.double() - expected).abs() <= tolerance * scale + 1e-30).all()
 
 
 def mean(C, S, rate):
@@ -59,13 +41,13 @@ def mean(C, S, rate):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_c_moves_to_the_gram_matrix_in_every_layout(layout, size):
     n, d, m = size
-    X, _ = laid_out(randn(n, d, m), layout)
+    X = Laid(randn(n, d, m), layout).t
     before = symmetric(n, d)
-    C, buffer = laid_out(before, LAYOUTS[LAYOUTS.index(layout) - 1], CANARY)
+    C = Laid(before, LAYOUTS[LAYOUTS.index(layout) - 1], CANARY)
     S, scale = gram(X)
-    syrk.ema_syrk_(C, X, rates(n), config=CONFIG)
-    near(C, mean(before, S, rates(n)), scale + before.abs())
-    assert torch.equal(C, C.mT) and intact(C, buffer, CANARY)
+    syrk.ema_syrk_(C.t, X, rates(n), config=CONFIG)
+    near(C.t, mean(before, S, rates(n)), scale + before.abs())
+    assert torch.equal(C.t, C.t.mT) and C.untouched()
 
 
 OPTIONS = {
@@ -77,17 +59,25 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize(
+    ("layout", "split"),
+    [
+        ("rows", 1),
+        ("columns", 3),
+        pytest.param("rows", 3, marks=pytest.mark.slow),
+        pytest.param("columns", 1, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_options(options, layout, split):
     n, d, m = 2, 35, 70
     lower, ones = options.get("lower", False), options.get("ones", False)
-    X, _ = laid_out(randn(n, d - ones, m), layout)
-    weight = laid_out(randn(n, m, 1, seed=2), "batch last")[0][..., 0] if "weight" in options else None
+    X = Laid(randn(n, d - ones, m), layout).t
+    weight = Laid(randn(n, m, seed=2), "batch").t if "weight" in options else None
     moments = torch.full((2, n), torch.nan, device=DEVICE).T if "moments" in options else None
     before = symmetric(n, d)
-    C, buffer = laid_out(before, "sliced", CANARY)
+    laid = Laid(before, "sliced", CANARY)
+    C = laid.t
     S, scale = gram(X, weight, ones)
     expected = mean(before, S, rates(n))
     syrk.ema_syrk_(
@@ -95,7 +85,7 @@ def test_options(options, layout, split):
     )
     written = torch.ones_like(C, dtype=torch.bool).tril() if lower else torch.ones_like(C, dtype=torch.bool)
     near(C[written], expected[written], (scale + before.abs())[written])
-    assert torch.equal(C[~written], before[~written]) and intact(C, buffer, CANARY)
+    assert torch.equal(C[~written], before[~written]) and laid.untouched()
     assert lower or torch.equal(C, C.mT)
     if moments is not None:
         full = C.double().tril() + C.double().tril(-1).mT
@@ -117,16 +107,17 @@ def test_half_precision_is_multiplied_exactly(dtype, weighted, ones):
     near(C, expected, scale + C.abs())
 
 
-@pytest.mark.parametrize(("setting", "weighted"), [("medium", False), ("medium", True), ("high", False)])
-def test_precision_follows_torch(setting, weighted, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+@pytest.mark.parametrize(
+    ("precision", "weighted"), [("medium", False), ("medium", True), ("high", False)], indirect=["precision"]
+)
+def test_precision_follows_torch(precision, weighted):
     n, d, m = 1, 20, 40
     X, weight = randn(n, d, m), randn(n, m, seed=2).abs() if weighted else torch.ones(n, m, device=DEVICE)
     C = torch.zeros(n, d, d, device=DEVICE)
     syrk.ema_syrk_(C, X, rates(n), weight=weight if weighted else None, config=CONFIG)
     left, right = (
         (X * weight[:, None], X)
-        if setting == "high"
+        if precision == "high"
         else (
             (X * weight[:, None]).bfloat16().double(),
             X.bfloat16().double(),
@@ -208,14 +199,14 @@ def test_empty_stacks_and_empty_sums():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_pair_follows_both_unfoldings(layout, size):
     n, d1, d2 = size
-    G, _ = laid_out(randn(n, d1, d2), layout)
+    G = Laid(randn(n, d1, d2), layout).t
     before = symmetric(n, d1), symmetric(n, d2, seed=2)
-    (L, around_l), (R, around_r) = laid_out(before[0], "sliced", CANARY), laid_out(before[1], layout, CANARY)
-    syrk.ema_syrk_pair_(L, R, G, rates(n), config=CONFIG)
-    for C, old, X, around in ((L, before[0], G, around_l), (R, before[1], G.mT, around_r)):
+    L, R = Laid(before[0], "sliced", CANARY), Laid(before[1], layout, CANARY)
+    syrk.ema_syrk_pair_(L.t, R.t, G, rates(n), config=CONFIG)
+    for C, old, X in ((L, before[0], G), (R, before[1], G.mT)):
         S, scale = gram(X)
-        near(C, mean(old, S, rates(n)), scale + old.abs())
-        assert torch.equal(C, C.mT) and intact(C, around, CANARY)
+        near(C.t, mean(old, S, rates(n)), scale + old.abs())
+        assert torch.equal(C.t, C.t.mT) and C.untouched()
 
 
 def test_a_pair_has_the_bits_of_two_products():
@@ -250,37 +241,26 @@ def test_tiles_below_the_diagonal_are_counted_row_by_row():
     assert tiles.lower_tiles(4999 * 32 + 1, 32) == starts[5000]
 
 
-@pytest.fixture
-def vast(tmp_path):
-    """More than 2^31 numbers, of which only those that are touched take memory."""
-    if DEVICE == "cuda":
-        return torch.zeros(2**31 + 4096, dtype=torch.float16, device=DEVICE)
-    return torch.from_file(str(tmp_path / "vast"), shared=True, size=2**31 + 4096, dtype=torch.float16)
-
-
 @pytest.mark.parametrize(
     ("shape", "strides"),
     [((3, 5, 8), (2**30, 8, 1)), ((1, 17, 8), (0, 2**27, 1)), ((1, 5, 17), (0, 1, 2**27))],
     ids=["batch", "rows", "columns"],
 )
-def test_addresses_beyond_2_to_31(vast, shape, strides):
-    X = vast.as_strided(shape, strides)
-    X.copy_(randn(*shape))
+def test_addresses_beyond_2_to_31(tmp_path, shape, strides):
+    X = far_apart(tmp_path, shape, strides, torch.float16).copy_(randn(*shape))
     S, scale = gram(X)
     near(syrk.gram(X, config=SMALL if strides[0] == 0 else CONFIG), S, scale, tolerance=1e-3)
     weight = torch.ones(shape[0], shape[2], device=DEVICE)
     near(syrk.gram(X, weight=weight, config={**SMALL, "split": 2}), S, scale, tolerance=1e-3)
 
 
-def test_rows_beyond_2_to_31_of_pairs_and_of_commuting_matrices(vast):
-    G = vast.as_strided((3, 5, 8), (2**30, 8, 1))
-    G.copy_(randn(3, 5, 8))
+def test_rows_beyond_2_to_31_of_pairs_and_of_commuting_matrices(tmp_path):
+    G = far_apart(tmp_path, (3, 5, 8), (2**30, 8, 1), torch.float16).copy_(randn(3, 5, 8))
     L, R, one = torch.zeros(3, 5, 5, device=DEVICE), torch.zeros(3, 8, 8, device=DEVICE), torch.ones(3, device=DEVICE)
     syrk.ema_syrk_pair_(L, R, G, one, config=CONFIG)
     near(L, *gram(G))
     near(R, *gram(G.mT))
-    A = vast.as_strided((3, 5, 5), (2**30, 5, 1))
-    A.copy_(symmetric(3, 5))
+    A = far_apart(tmp_path, (3, 5, 5), (2**30, 5, 1), torch.float16).copy_(symmetric(3, 5))
     near(symmetric_product(A, A, config=CONFIG), *gram(A), tolerance=1e-3)
 
 
@@ -290,13 +270,6 @@ def test_offsets_in_a_tile_are_32_bits_wide_where_they_may_be():
 
 
 # dispatch
-
-
-@pytest.fixture
-def triton_mode(monkeypatch):
-    monkeypatch.setattr(tables, "family_config", lambda *what: CONFIG)
-    with use_kernels("triton") as calls:
-        yield calls
 
 
 def test_operations_run_their_kernels(triton_mode):

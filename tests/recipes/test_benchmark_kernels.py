@@ -157,6 +157,7 @@ def test_steps_smoke_steps_with_kernels_and_prints_no_time(monkeypatch, capsys):
 
 
 @HERE
+@pytest.mark.slow
 def test_steps_smoke_of_all_methods(capsys):
     assert benchmark.main(["--steps", "--smoke"]) == 0
     printed = capsys.readouterr().out

@@ -59,11 +59,16 @@ def row_keys(at, stack, row, i, rows, strides):
 
 
 @triton.jit
+def moved(old, new, rate):
+    """As `torch.lerp`: a rate of 1 gives `new`."""
+    far = rate >= 0.5
+    return tl.where(far, new, old) + tl.where(far, rate - 1.0, rate) * (new - old)
+
+
+@triton.jit
 def lerp(old, new, rate):
-    """As `torch.lerp`: a rate of 1 gives `new`. A rate of 0 gives `old`, bit for bit and whatever `new` is."""
-    change = new - old
-    moved = tl.where(rate < 0.5, old + rate * change, new - (1.0 - rate) * change)
-    return tl.where(rate == 0.0, old, moved)
+    """As `torch.lerp`, and a rate of 0 gives `old`, bit for bit and whatever `new` is."""
+    return tl.where(rate == 0.0, old, moved(old, new, rate))
 
 
 def tiled(layout: Layout, block: int) -> tuple[tuple[int], dict[str, Any]]:

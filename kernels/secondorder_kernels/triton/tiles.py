@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from secondorder_kernels.triton.rounding import rounded
+from secondorder_kernels.triton.strided import moved
 
 
 @triton.jit
@@ -145,9 +146,8 @@ def fold_tile(
         old = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if FOLD == "add":
             new = old + coefficient * sums
-        else:  # as torch.lerp: a rate of 1 gives the sums themselves
-            far = coefficient >= 0.5
-            new = tl.where(far, sums, old) + tl.where(far, coefficient - 1.0, coefficient) * (sums - old)
+        else:
+            new = moved(old, sums, coefficient)
     new = rounded(new, key, rows.to(tl.int64) * d + cols, STOCHASTIC, c.dtype.element_ty)
     if partial is not None:
         seen = new.to(tl.float32)

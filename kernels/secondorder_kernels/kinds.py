@@ -1,8 +1,13 @@
-"""Words for the layouts of matrices, by which tables tell kernels apart that are compiled apart."""
+"""Words by which tables tell kernels apart that are compiled apart."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+
+def dtypes(*tensors: Tensor) -> str:
+    """Dtypes as in "float32/bfloat16"."""
+    return "/".join(str(t.dtype).removeprefix("torch.") for t in tensors)
 
 
 def layout(*stacks: Tensor) -> str:
