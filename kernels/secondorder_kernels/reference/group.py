@@ -25,7 +25,7 @@ def multiply_update(
     new = (K @ M).mul_(step[:, None, None])  # zeros above the diagonal, if both have them there
     torch.sub(K if keep is None else K * keep[:, None, None], new, out=new)
     if keys is None:
-        return new, new.square().sum((1, 2))
+        return new, torch.linalg.vector_norm(new, dim=(1, 2)).square()
     rounded = stochastic_round(new, keys)
     return rounded, rounded.to(new.dtype).square().sum((1, 2))
 
