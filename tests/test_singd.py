@@ -167,12 +167,11 @@ class TestLaunches:
         ],
         ids=str,
     )
-    def test_a_layer_more_costs_seven_small_launches(self, options, monkeypatch):
-        """They normalise its raw sums: by rows, and by the loss scale. Factors and updates are launched by bucket."""
+    def test_a_layer_more_costs_no_launch(self, options, monkeypatch):
+        """Raw sums are normalised for all layers at once; factors and updates are launched by bucket."""
         (few, few_moving), (many, many_moving) = (self.launches(n, monkeypatch, **options) for n in (4, 12))
         assert few_moving == many_moving and few_moving.total() > 50
-        more = many - few
-        assert more.total() <= 7 * 8, more
+        assert not many - few, many - few
 
 
 class TestFailuresOfOthers:

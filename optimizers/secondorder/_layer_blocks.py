@@ -23,6 +23,8 @@ from secondorder.layout.faces import Layout
 Group = dict[str, Any]
 Totals = Mapping[Site, dict[str, list[Any]]]  # a tensor, or None where other processes have it
 Leaf = tuple[Site, str, int]  # a site, the name of its statistic, which of them
+Found = Mapping[str, list[Any]]  # sums of one use, or of several, as in `Totals`
+Way = tuple[int, int]  # axes of a weight's view on the input and on the output side
 
 
 def weight_blocks(
@@ -174,21 +176,50 @@ class Scales:
     ) -> None:
         self.outputs, self.terms, self.probed = outputs, terms, probed
 
-    def inputs(self, rows: Tensor) -> Tensor:
-        """1 / rows, and 0 where there are none."""
-        return torch.where(rows > 0, 1 / rows.clamp_min(1), 0.0)
+    def inputs(self, rows: Sequence[Tensor]) -> list[Tensor]:  # each (k,)
+        """1 / rows, and 0 where there are none: of all layers as one vector."""
+        out = list(rows)
+        kinds = [(t.device, t.dtype) for t in rows]
+        for kind in dict.fromkeys(kinds):
+            chosen = [n for n, own in enumerate(kinds) if own == kind]
+            every = torch.cat([rows[n] for n in chosen])
+            scales = torch.where(every > 0, 1 / every.clamp_min(1), 0.0)
+            for n, scale in zip(chosen, scales.split([len(rows[n]) for n in chosen]), strict=True):
+                out[n] = scale
+        return out
 
 
 def all_sums(layout: Layout, capture: Capture, totals: Totals, scales: Scales) -> dict[int, Sums]:
-    """Sums of all blocks, by position of the leading parameter; of those of other processes, what normalises them."""
+    """Sums of all blocks, by position of the leading parameter; of those of other processes, what normalises them.
+
+    Parameters without any are missing. What is computed for a layer is computed for all of them at once.
+    """
+    led = [(i, [site for site in uses if site in totals], t, is_bias) for i, uses, t, is_bias in _led(layout, capture)]
+    led = [entry for entry in led if entry[1]]
+    by_way = [_by_way(sites, t, is_bias, totals) for _, sites, t, is_bias in led]
+    added = iter(_added([uses for ways in by_way for uses in ways.values()]))
+    merged = [{way: next(added) for way in ways} for ways in by_way]
+    inputs = iter(scales.inputs([found["rows"][0] for ways in merged for way, found in ways.items() if way]))
     out: dict[int, Sums] = {}
-    for i, uses, t, is_bias in _led(layout, capture):
-        found = (bias_sums if is_bias else weight_sums)(uses, t, totals, scales)
-        if found is not None:
-            found.scales["terms"] = scales.terms
-            if capture.terms is None:
-                found.rows = [totals[site]["rows"][0] for site in uses if site in totals]
-            out[i] = found
+    for (i, sites, t, is_bias), ways in zip(led, merged, strict=True):
+        if None not in ways:
+            sums = weight_sums([(way, found, next(inputs)) for way, found in ways.items() if way], t, scales)
+        else:
+            sums = (bias_sums if sites[0].rule.d_in else vector_sums)(ways[None], t, is_bias, scales)
+        sums.scales["terms"] = scales.terms
+        if capture.terms is None:
+            sums.rows = [totals[site]["rows"][0] for site in sites]
+        out[i] = sums
+    return out
+
+
+def _by_way(sites: Sequence[Site], t: Treatment, is_bias: bool, totals: Totals) -> dict[Way | None, list[Found]]:
+    """What uses of a parameter received, by the way in which its weight is used; None: outputs alone are asked for."""
+    if is_bias or not sites[0].rule.d_in:
+        return {None: [{"outputs": totals[site]["outputs"]} for site in sites]}
+    out: dict[Way | None, list[Found]] = {}
+    for site in sites:
+        out.setdefault(_axes(site, t), []).append(totals[site])
     return out
 
 
@@ -212,7 +243,7 @@ def readers(layout: Layout, capture: Capture, owner: Callable[[Candidate], int])
 
 
 def _read(uses: Sequence[Site], t: Treatment, is_bias: bool, at: tuple[int, ...]) -> list[Leaf]:
-    """The leaves of which the block is made that begins at `at`: see `weight_sums` and `bias_sums`."""
+    """The leaves of which the block is made that begins at `at`: see `all_sums`."""
     at = at or (0,) * len(t.view)
     starts = [[start for start, _ in _spans(cuts)] for cuts in t.cuts]
     if not uses[0].rule.d_in:
@@ -233,23 +264,20 @@ def _read(uses: Sequence[Site], t: Treatment, is_bias: bool, at: tuple[int, ...]
     return found
 
 
-def weight_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Scales) -> Sums | None:
-    """Sums of a weight over its uses; None where nothing was captured."""
-    uses = [(site, totals[site]) for site in sites if site in totals]
-    if not uses:
-        return None
-    if not sites[0].rule.d_in:
-        return _vector_sums(uses, 0, scales)
-    by_way: dict[tuple[int, int], dict[str, list[Any]]] = {}
-    for site, found in uses:
-        known = by_way.get(way := _axes(site, t))
-        by_way[way] = found if known is None else _added(known, found)
+def weight_sums(ways: Sequence[tuple[Way, Found, Tensor]], t: Treatment, scales: Scales) -> Sums:
+    """Sums of a weight.
+
+    Args:
+        ways: Every way in which it is used, sums over these uses, and the scale of their inputs.
+        t: How it is cut.
+        scales: What normalises the rest.
+    """
     axes = {f"gram_{axis - t.batched}": (axis,) for axis in range(t.batched, len(t.view))}
     parts = []
-    for (at_in, at_out), found in by_way.items():
+    for (at_in, at_out), found, inputs in ways:
         names = (f"gram_{at_in - t.batched}", f"gram_{at_out - t.batched}")
         raw = {names[0]: _placed(found["inputs"], t.cuts[at_in])}
-        scale = {names[0]: scales.inputs(found["rows"][0]), names[1]: scales.outputs}
+        scale = {names[0]: inputs, names[1]: scales.outputs}
         if at_out - t.batched in (*t.modes, *t.diagonal):
             raw[names[1]] = _placed(found["outputs"], t.cuts[at_out])
         if "moment" in found:
@@ -263,27 +291,16 @@ def weight_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Sca
     return _both_ways(parts) if here else Sums({}, {})
 
 
-def bias_sums(sites: Sequence[Site], t: Treatment, totals: Totals, scales: Scales) -> Sums | None:
-    """Sums of a bias that is apart; None where nothing was captured."""
-    uses = [(site, totals[site]) for site in sites if site in totals]
-    if not uses:
-        return None
-    if not sites[0].rule.d_in:
-        return _vector_sums(uses, 1, scales)
-    found = uses[0][1]
-    for _, more in uses[1:]:
-        found = _added(found, more)
+def bias_sums(found: Found, t: Treatment, is_bias: bool, scales: Scales) -> Sums:
+    """Sums of a bias that is apart."""
     raw = {"gram_0": _placed(found["outputs"], t.cuts[-1])}
     axis = (len(t.view) - 1,)
     return Sums(raw, dict.fromkeys(raw, scales.outputs), dict.fromkeys(raw, axis))
 
 
-def _vector_sums(uses: Sequence[tuple[Site, dict[str, list[Any]]]], which: int, scales: Scales) -> Sums:
+def vector_sums(found: Found, t: Treatment, is_bias: bool, scales: Scales) -> Sums:
     """Sums of a norm layer's weight (and bias, where joined), or of its bias."""
-    found = uses[0][1]
-    for _, more in uses[1:]:
-        found = _added(found, more)
-    index = min(which, len(found["outputs"]) - 1)
+    index = min(int(is_bias), len(found["outputs"]) - 1)
     raw: dict[str, dict[tuple[int, ...], Any]] = {"gram_0": {(0,): found["outputs"][index]}}
     return Sums(raw, dict.fromkeys(raw, scales.outputs), dict.fromkeys(raw, (1,)))
 
@@ -292,13 +309,28 @@ def _placed(values: Sequence[Any], cuts: Sequence[int]) -> dict[tuple[int, ...],
     return {(start,): value for (start, _), value in zip(_spans(cuts), values, strict=True)}
 
 
-def _added(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Sums leaf by leaf; None of those that other processes have."""
-    return {
-        name: [None if x is None or y is None else x + y for x, y in zip(a[name], b[name], strict=True)]
-        for name in a
-        if name in b
-    }
+def _added(every: Sequence[Sequence[Found]]) -> list[Found]:
+    """Sums over the uses of each parameter, leaf by leaf; None of those that other processes have."""
+    out = [uses[0] for uses in every]
+    for j in range(1, max(map(len, every), default=0)):  # the second use of all in one launch, then the third
+        places: list[tuple[list[Any], int]] = []
+        left: list[Tensor] = []
+        right: list[Tensor] = []
+        for n, uses in enumerate(every):
+            if j < len(uses):
+                a, b = out[n], uses[j]
+                sums: dict[str, list[Any]] = {name: [None] * len(a[name]) for name in a if name in b}
+                out[n] = sums
+                for name, values in sums.items():
+                    for i, (x, y) in enumerate(zip(a[name], b[name], strict=True)):
+                        if x is not None and y is not None:
+                            places.append((values, i))
+                            left.append(x)
+                            right.append(y)
+        if left:
+            for (values, i), total in zip(places, torch._foreach_add(left, right), strict=True):
+                values[i] = total
+    return out
 
 
 def _both_ways(parts: Sequence[Sums]) -> Sums:

@@ -43,7 +43,8 @@ def references(sites: Sequence[Site], wanted: dict[Site, Wants], trained: Contai
 
 def loss_terms(counts: Sequence[Tensor]) -> Tensor:  # each (1,)
     """The first count that is not zero, 0-d."""
-    every = torch.cat([count.to(counts[0]) for count in counts])
+    like = counts[0]
+    every = torch.cat([count.to(like.device) for count in counts]).to(like.dtype)
     return every.gather(0, (every > 0).int().argmax(0, keepdim=True))[0]
 
 
@@ -96,6 +97,7 @@ def _ratio(probes: Mapping[Site, Tensor], applied: Mapping[Site, Tensor]) -> tup
     pairs = [(probe, applied[site]) for site, probe in probes.items() if site in applied]
     if not pairs:
         return torch.ones_like(like[0, 0]), torch.zeros_like(like[0, 0])
-    captured, g = (torch.cat([t.detach().reshape(-1).to(like) for t in side]) for side in zip(*pairs, strict=True))
+    flat = ([t.detach().reshape(-1).to(like.device) for t in side] for side in zip(*pairs, strict=True))
+    captured, g = (torch.cat(side).to(like.dtype) for side in flat)  # one cast for all
     square = g.square().sum()
     return (captured * g).sum() / square.clamp_min(torch.finfo(g.dtype).tiny), square

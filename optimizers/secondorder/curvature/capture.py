@@ -145,19 +145,22 @@ class Capture:
             site.quiet, site.with_inputs = True, True
 
     def received(self, site: Site) -> dict[str, list[Tensor]] | None:
-        """What reached a site's leaves, Fisher sums before empirical ones; None where nothing did."""
+        """What reached a site's leaves, Fisher sums before empirical ones; None where nothing did.
+
+        Leaves that nothing reached stand for themselves: they are zeros of one element.
+        """
         if self.terms is not None:
             kept = self.pending.get(site)
             if not kept:
                 return None
             return {
-                name: [kept.get((name, i), torch.zeros_like(t)) for i, t in enumerate(leaves)]
+                name: [kept.get((name, i), t.detach()) for i, t in enumerate(leaves)]
                 for name, leaves in site.leaves.items()
             }
         if all(t.grad is None for t in site.flat):
             return None
         return {
-            name: [torch.zeros_like(t) if t.grad is None else t.grad.detach() for t in leaves]
+            name: [t.detach() if t.grad is None else t.grad.detach() for t in leaves]
             for name, leaves in site.leaves.items()
         }
 
@@ -192,11 +195,11 @@ class Capture:
         found = {site: got for site in sites if (got := self.received(site)) is not None}
         if group is None or dist.get_world_size(group) == 1:
             return found
-        flat = [torch.stack([torch.tensor(float(site in found), device=site.flat[0].device) for site in sites])]
+        flat = [torch.tensor([float(site in found) for site in sites], device=sites[0].flat[0].device)]
         for site in sites:
             got = found.get(site)
             for name, leaves in site.leaves.items():
-                flat += [torch.zeros_like(t) if got is None else got[name][i] for i, t in enumerate(leaves)]
+                flat += [t.detach() if got is None else got[name][i] for i, t in enumerate(leaves)]
         if self.terms is not None:
             flat.append(self.terms)
         flat = all_reduced(flat, group)
