@@ -88,7 +88,14 @@ def test_launches_do_not_grow_with_the_number_of_layers(cls):
 
 @pytest.mark.parametrize(
     "options",
-    [{"bias": True}, {"tied": True}, {"sides": "inputs"}, {"fisher": True}, {"dtype": torch.bfloat16}, {"max_block_size": 4}],
+    [
+        {"bias": True},
+        {"tied": True},
+        {"sides": "inputs"},
+        {"fisher": True},
+        {"dtype": torch.bfloat16},
+        {"max_block_size": 4},
+    ],
     ids=str,
 )
 def test_nor_do_they_otherwise(options):
