@@ -1,6 +1,7 @@
 """Second-order optimizers for PyTorch with the `torch.optim` interface."""
 
 from secondorder import base as base
+from secondorder import taylor as taylor
 from secondorder.adamw import AdamW as AdamW
 from secondorder.eigenvalue_corrected import EigenvalueCorrectedShampoo as EigenvalueCorrectedShampoo
 from secondorder.ekfac import EKFAC as EKFAC
@@ -9,6 +10,8 @@ from secondorder.inverse_free_kl_shampoo import InverseFreeKLShampoo as InverseF
 from secondorder.kfac import KFAC as KFAC
 from secondorder.kl_shampoo import KLShampoo as KLShampoo
 from secondorder.kl_soap import KLSOAP as KLSOAP
+from secondorder.residuals.terms import least_squares as least_squares
+from secondorder.residuals.terms import term as term
 from secondorder.rf_adamw import RFAdamW as RFAdamW
 from secondorder.rf_rmsprop import RFRMSProp as RFRMSProp
 from secondorder.shampoo import Shampoo as Shampoo
@@ -37,4 +40,6 @@ __all__ = [
     "SOAP",
     "Shampoo",
     "SpectralFactorized",
+    "least_squares",
+    "term",
 ]

@@ -40,10 +40,11 @@ class AdaptiveLayerOptimizer(LayerOptimizer):
         The device is waited for in every call with `quadratic_model`, and in those that evaluate the closure twice.
 
         Args:
-            closure: Reevaluates the model and returns the loss; called with gradients enabled.
+            closure: As of every optimizer, also with residuals unless `quadratic_model` is set; these are evaluated
+                with gradients enabled the second time too.
 
         Returns:
-            The closure's loss, or None.
+            The closure's loss (of residuals without a graph), or None.
 
         Raises:
             TypeError: If `adapt_damping` or `quadratic_model` lack the closure that they need.
@@ -65,7 +66,7 @@ class AdaptiveLayerOptimizer(LayerOptimizer):
         finally:
             self._trial = None
         if trial.due:
-            trial.judge(evaluate_again(closure, sites, self._layout.params))
+            trial.judge(evaluate_again(closure, sites, self._layout.params, trial.residuals))
         self._chosen = trial.report
         return loss
 

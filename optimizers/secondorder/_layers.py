@@ -364,7 +364,7 @@ class LayerOptimizer(PreconditionedOptimizer):
         # Gradients are averaged over ranks: a term counts 1/world there, whether the local loss is a mean or a sum.
         world = 1 if self._ranks() is None else torch.distributed.get_world_size(self._ranks())
         probes = dict(zip(found, torch._foreach_div([got["probe"][0] for got in found.values()], world), strict=True))
-        scale = loss_scale(probes, applied, self._grad_scaler)
+        scale = loss_scale(probes, applied, None if self._from_residuals else self._grad_scaler)
         return blocks.Scales(terms / (scale * world) ** 2, terms, (probes, applied, scale))
 
     def _unclipped(self) -> Tensor | float:

@@ -29,6 +29,7 @@ from secondorder.layout.faces import Layout
 from secondorder.layout.plan import Flags, SinglePlan
 from secondorder.preconditioner.elementwise import AdamWMethod
 from secondorder.preconditioner.protocol import Method
+from secondorder.residuals.terms import Terms, residual_terms
 from secondorder.sharding.choice import Sharing, check_rounding, chosen_plan, group_facts
 from secondorder.sharding.sync import attach_hook, clip_grad_norm_, warn_uneven
 from secondorder.sharding.tree import TreeSums
@@ -48,6 +49,7 @@ class PreconditionedOptimizer(Inspection):
     own_options: ClassVar[Mapping[str, Option]] = {}
     clip_grad_norm_ = clip_grad_norm_
     _hook: Any = None
+    _from_residuals = False  # this step is that of a residual closure, whose loss no GradScaler has scaled
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -211,24 +213,36 @@ class PreconditionedOptimizer(Inspection):
         """Take one step.
 
         Args:
-            closure: Reevaluates the model and returns the loss; called with gradients enabled.
+            closure: Reevaluates the model; called with gradients enabled. It returns the loss, after its `backward()`;
+                or residuals r of a least-squares loss, by name or in a list (see `residuals.terms`). Then `step`
+                itself clears the gradients of its parameters and leaves those of ½‖r‖², `Jᵀ r`, in them.
 
         Returns:
-            The closure's loss, or None.
+            The closure's loss (of residuals without a graph), or None.
 
         Raises:
+            TypeError, ValueError: For residuals that make no least-squares loss.
             RuntimeError: For sparse gradients; with `on_nonfinite="raise"`, for gradients that are not usable.
         """
-        loss = None
+        loss = terms = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+                terms = residual_terms(loss)
+                if terms is not None:
+                    loss = self._differentiate(terms)
+        self._from_residuals = terms is not None
         layout = self._current()
         self._sums.forget()
         if layout.params:
             with _full_precision(layout):
                 self._update(layout)
         return loss
+
+    def _differentiate(self, terms: Terms) -> Tensor:
+        """The loss of residuals, whose gradients `Jᵀ r` are in `p.grad` then."""
+        self.zero_grad()
+        return terms.backward()
 
     def _update(self, layout: Layout) -> None:
         for p in layout.params:

@@ -27,6 +27,7 @@ from secondorder.curvature.fisher import hessian_product
 from secondorder.curvature.site import Site
 from secondorder.layout.plan import write
 from secondorder.preconditioner.damped import LayerKronecker
+from secondorder.residuals.terms import residual_terms
 
 Group = dict[str, Any]
 
@@ -39,12 +40,13 @@ class Trial:
 
     Attributes:
         due: The step is to be judged: the loss at its end is wanted.
+        residuals: The closure returns residuals.
         report: What the step chose and found: `lr`, `momentum`, `predicted_change`, `rho`.
     """
 
     def __init__(self, groups: Sequence[Group], over_ranks: Callable[[Tensor], Tensor]) -> None:
         self._groups, self._over_ranks = groups, over_ranks
-        self.due = False
+        self.due = self.residuals = False
         self.report: dict[str, float] = {}
         self._loss: Any = None
         self._outputs: Tensor | None = None  # (..., C), without a graph
@@ -82,15 +84,19 @@ class Trial:
         return cls(groups, over_ranks)
 
     def evaluate(self, closure: Callable[[], Any], sites: Iterable[Site]) -> Any:
-        """Call the closure and return its loss; with a quadratic model, prepare products with J.
+        """Call the closure and return its loss or residuals; with a quadratic model, prepare products with J.
 
         Raises:
             TypeError: If it does not return what is needed.
             RuntimeError: If `loss.backward()` freed the graph of the outputs.
         """
         found = closure()
-        self._loss, outputs = found if isinstance(found, tuple) else (found, None)
         params = [p for g in self._groups if g["quadratic_model"] is not None for p in g["params"]]
+        terms = None if params else residual_terms(found)
+        if terms is not None:
+            self._loss, self.residuals = terms.loss().detach(), True
+            return found
+        self._loss, outputs = found if isinstance(found, tuple) else (found, None)
         if not params:
             return self._loss
         if not isinstance(outputs, Tensor) or not outputs.requires_grad:
@@ -214,21 +220,26 @@ def minimum(M: Tensor, slopes: Tensor, momentum: float | None, precision: float)
     return scale * (inverse @ (scale * slopes))
 
 
-def evaluate_again(closure: Callable[[], Any], sites: Sequence[Site], params: Sequence[Tensor]) -> Any:
-    """The closure's loss, without gradients or statistics: its `backward()` does nothing, `p.grad` stays."""
+def evaluate_again(closure: Callable[[], Any], sites: Sequence[Site], params: Sequence[Tensor], residuals: bool) -> Any:
+    """The closure's loss, without gradients or statistics: its `backward()` does nothing, `p.grad` stays.
+
+    Residuals may contain derivatives by inputs: their closure sees gradients enabled.
+    """
     active, grads = [site.active for site in sites], [p.grad for p in params]
     for site in sites:
         site.active = False
     for p in params:
         p.grad = None
     try:
-        with torch.no_grad(), _WithoutBackward():
+        with torch.set_grad_enabled(residuals), _WithoutBackward():
             found = closure()
     finally:
         for site, before in zip(sites, active, strict=True):
             site.active = before
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
+    if residuals and (terms := residual_terms(found)) is not None:
+        return terms.loss()
     return found[0] if isinstance(found, tuple) else found
 
 

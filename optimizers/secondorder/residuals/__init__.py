@@ -1,0 +1,1 @@
+"""Least-squares losses by their residuals: what a closure returns, and derivatives of all residuals at once."""
