@@ -41,7 +41,7 @@ import torch
 
 import benchmark_launches
 import benchmark_whole_steps
-from benchmark_step import _table as table
+from benchmark_step import table
 from secondorder_kernels import policy
 from secondorder_kernels.dispatch import operations
 from secondorder_kernels.tuning import measure

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import secondorder
 import secondorder_kernels
-from benchmark_step import _table as table
+from benchmark_step import table
 from gpt import GPT
 from secondorder_kernels import policy, tables
 

@@ -425,7 +425,7 @@ def _profile_lines(runner: Runner, title: str) -> list[str]:
     return lines + [f"{100 * seconds / total:5.1f} %  {kind}" for kind, seconds in ordered]
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -466,7 +466,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.profile:
             print("\n" + "\n".join(line for runner in runners for line in _profile_lines(runner, title)))
         else:
-            print(f"\n{title}\n\n{_table(header, rows(runners))}")
+            print(f"\n{title}\n\n{table(header, rows(runners))}")
         if absent:
             print(f"\nskipped: {', '.join(absent)}")
 

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 import secondorder
 import secondorder_kernels
-from benchmark_step import _table as table
+from benchmark_step import table
 from gpt import GPT
 from secondorder_kernels.tuning import measure
 from secondorder_kernels.tuning.products import rules

@@ -40,9 +40,9 @@ for module in sorted(Path(__file__).parent.glob("golden_*.py")):
 DEFERRED = (
     ("*_peerbug*", "a peer's bug as shipped, never a target"),
     ("asdl_*", "deferred: named by an index, but no such file was ever seen"),
-    ("*_problem_engdw", "deferred: issue 8"),
-    ("*_spring", "deferred: issue 8"),
-    ("*_kfac", "deferred: issue 8"),
+    ("*_problem_engdw", "replayed in tests/test_linearization.py and tests/test_residual_solve.py"),
+    ("*_spring", "replayed in tests/test_residual_solve.py"),
+    ("*_kfac", "deferred: issue 10"),
 )
 
 

@@ -100,7 +100,7 @@ class Operation:
             return path.run(*args, **kwargs)
         try:
             return path.run(*args, **kwargs)
-        except Exception as error:  # what does not compile or launch here has changed nothing yet
+        except Exception as error:  # of an operation's first launch, before anything has changed
             self._broken = f"a kernel failed on this machine: {type(error).__name__}: {error}"
             warnings.warn(f"{self.name} goes on without Triton, {self._broken}", stacklevel=3)
             return self._reference.run(*args, **kwargs)

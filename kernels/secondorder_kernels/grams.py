@@ -52,15 +52,8 @@ def _halves_refuse(X: Tensor, **options: Any) -> str | None:
     return None
 
 
-def _gram_tensors(
-    X: Tensor,
-    *,
-    scale: float = 1.0,
-    scale_tensor: Tensor | None = None,
-    weight: Tensor | None = None,
-    ones: bool = False,
-) -> tuple[Tensor | None, ...]:
-    return X, scale_tensor, weight
+def _gram_tensors(X: Tensor, **options: Any) -> tuple[Tensor | None, ...]:
+    return X, options.get("scale_tensor"), options.get("weight")
 
 
 def _gram_shape(X: Tensor, *, weight: Tensor | None = None, ones: bool = False, **scales: Any) -> Shape:
@@ -177,16 +170,8 @@ def add_gram_(C: Tensor, X: Tensor, scale: Tensor) -> Tensor:
     return C
 
 
-def _symmetric_product_tensors(
-    A: Tensor,
-    B: Tensor,
-    *,
-    alpha: float = 1.0,
-    C: Tensor | None = None,
-    beta: float = 0.0,
-    diagonal: float = 0.0,
-) -> tuple[Tensor | None, ...]:
-    return A, B, C
+def _symmetric_product_tensors(A: Tensor, B: Tensor, **options: Any) -> tuple[Tensor | None, ...]:
+    return A, B, options.get("C")
 
 
 def _symmetric_product_shape(A: Tensor, B: Tensor, **options: Any) -> Shape:

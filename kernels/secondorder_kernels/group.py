@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,30 +17,20 @@ def _matrices(device: torch.device, count: int) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(2, 64, 64, device=device) for _ in range(count))
 
 
-def _update_tensors(
-    K: Tensor,
-    M: Tensor,
-    step: Tensor,
-    *,
-    keep: Tensor | None = None,
-    lower: bool = False,
-    keys: Tensor | None = None,
-) -> list[Tensor | None]:
-    return [K, M, step, keep, keys]
+def _update_tensors(K: Tensor, M: Tensor, step: Tensor, **options: Any) -> list[Tensor | None]:
+    return [K, M, step, options.get("keep"), options.get("keys")]
 
 
-def _update_shape(K: Tensor, M: Tensor, step: Tensor, *, lower: bool = False, **options: Tensor | None) -> Shape:
+def _update_shape(K: Tensor, M: Tensor, step: Tensor, *, lower: bool = False, **options: Any) -> Shape:
     form = "lower" if lower else "dense"
     return f"{kinds.dtypes(K)}/{policy.precision(M.dtype)}/{kinds.layout(K, M)}/{form}", tuple(K.shape[:2])
 
 
-def _update_refuses(K: Tensor, M: Tensor, step: Tensor, **options: object) -> str | None:
+def _update_refuses(K: Tensor, M: Tensor, step: Tensor, **options: Any) -> str | None:
     return None if M.dtype == torch.float32 else f"there is no kernel for M of {M.dtype}"
 
 
-def _update_fake(
-    K: Tensor, M: Tensor, step: Tensor, *, keep: Tensor | None = None, lower: bool = False, keys: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _update_fake(K: Tensor, M: Tensor, step: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     return K.new_empty(K.shape), step.new_empty(step.shape)
 
 

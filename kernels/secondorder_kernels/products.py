@@ -45,36 +45,16 @@ def _ema_syrk_by_panels(C: Tensor, X: Tensor, rate: Tensor, **plain: Any) -> Non
             upper.copy_(lower if all_move else torch.where(moved[:, None, None], lower, upper))
 
 
-def _panels_refuse(
-    C: Tensor,
-    X: Tensor,
-    rate: Tensor,
-    *,
-    lower: bool = False,
-    weight: Tensor | None = None,
-    ones: bool = False,
-    moments: Tensor | None = None,
-    keys: Tensor | None = None,
-) -> str | None:
+def _panels_refuse(C: Tensor, X: Tensor, rate: Tensor, **options: Any) -> str | None:
     if C.device.type != "cpu" or C.shape[1] < _PANELS_FROM:
         return f"panels are for a CPU and dimensions from {_PANELS_FROM} on"
-    if lower or ones or any(t is not None for t in (weight, moments, keys)):
+    if any(value is not None and value is not False for value in options.values()):
         return "panels are for products without options"
     return None
 
 
-def _ema_syrk_tensors(
-    C: Tensor,
-    X: Tensor,
-    rate: Tensor,
-    *,
-    lower: bool = False,
-    weight: Tensor | None = None,
-    ones: bool = False,
-    moments: Tensor | None = None,
-    keys: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    return C, X, rate, weight, moments, keys
+def _ema_syrk_tensors(C: Tensor, X: Tensor, rate: Tensor, **options: Any) -> tuple[Tensor | None, ...]:
+    return C, X, rate, options.get("weight"), options.get("moments"), options.get("keys")
 
 
 def _ema_syrk_shape(C: Tensor, X: Tensor, rate: Tensor, *, weight: Tensor | None = None, **options: Any) -> Shape:

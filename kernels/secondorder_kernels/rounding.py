@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,8 @@ from secondorder_kernels import kinds, policy, strides
 from secondorder_kernels.dispatch import Operation
 from secondorder_kernels.launch import Shape, triton_path
 from secondorder_kernels.reference import rounding as reference
+from secondorder_kernels.reference.rounding import mix as mix
+from secondorder_kernels.reference.rounding import row_keys as row_keys
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -76,28 +76,3 @@ def stochastic_round(x: Tensor, keys: Tensor) -> Tensor:
     if not x.ndim or keys.shape != x.shape[:1]:
         raise ValueError(f"stochastic_round takes x (n, ...) and keys (n,), got {tuple(x.shape)}, {tuple(keys.shape)}")
     return _stochastic_round(x, keys)
-
-
-def mix(h: Tensor) -> Tensor:
-    """Scramble 32-bit integers, by a bijection.
-
-    Args:
-        h: int64, values in [0, 2^32).
-
-    Returns:
-        int64, values in [0, 2^32).
-    """
-    return reference.mix(h)
-
-
-def row_keys(counters: Sequence[Tensor], seed: int) -> Tensor:
-    """One key per row from its counters.
-
-    Args:
-        counters: At least one tensor `(n,)` of whole numbers in [0, 2^32).
-        seed: Keeps apart what has equal counters, in [0, 2^32).
-
-    Returns:
-        `(n,)` int64.
-    """
-    return reference.row_keys(counters, seed)

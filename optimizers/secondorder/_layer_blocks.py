@@ -204,8 +204,10 @@ def all_sums(layout: Layout, capture: Capture, totals: Totals, scales: Scales) -
     for (i, sites, t, is_bias), ways in zip(led, merged, strict=True):
         if None not in ways:
             sums = weight_sums([(way, found, next(inputs)) for way, found in ways.items() if way], t, scales)
+        elif sites[0].rule.d_in:
+            sums = bias_sums(ways[None], t, scales)
         else:
-            sums = (bias_sums if sites[0].rule.d_in else vector_sums)(ways[None], t, is_bias, scales)
+            sums = vector_sums(ways[None], is_bias, scales)
         sums.scales["terms"] = scales.terms
         if capture.terms is None:
             sums.rows = [totals[site]["rows"][0] for site in sites]
@@ -291,14 +293,14 @@ def weight_sums(ways: Sequence[tuple[Way, Found, Tensor]], t: Treatment, scales:
     return _both_ways(parts) if here else Sums({}, {})
 
 
-def bias_sums(found: Found, t: Treatment, is_bias: bool, scales: Scales) -> Sums:
+def bias_sums(found: Found, t: Treatment, scales: Scales) -> Sums:
     """Sums of a bias that is apart."""
     raw = {"gram_0": _placed(found["outputs"], t.cuts[-1])}
     axis = (len(t.view) - 1,)
     return Sums(raw, dict.fromkeys(raw, scales.outputs), dict.fromkeys(raw, axis))
 
 
-def vector_sums(found: Found, t: Treatment, is_bias: bool, scales: Scales) -> Sums:
+def vector_sums(found: Found, is_bias: bool, scales: Scales) -> Sums:
     """Sums of a norm layer's weight (and bias, where joined), or of its bias."""
     index = min(int(is_bias), len(found["outputs"]) - 1)
     raw: dict[str, dict[tuple[int, ...], Any]] = {"gram_0": {(0,): found["outputs"][index]}}

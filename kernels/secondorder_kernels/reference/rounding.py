@@ -26,7 +26,14 @@ _MASK = 0xFFFFFFFF
 
 
 def mix(h: Tensor) -> Tensor:
-    """Scramble 32-bit integers, int64 in [0, 2^32)."""
+    """Scramble 32-bit integers, by a bijection.
+
+    Args:
+        h: int64, values in [0, 2^32).
+
+    Returns:
+        int64, values in [0, 2^32).
+    """
     h = h ^ (h >> 16)
     h = (h * 0x21F0AAAD) & _MASK
     h = h ^ (h >> 15)
@@ -35,7 +42,15 @@ def mix(h: Tensor) -> Tensor:
 
 
 def row_keys(counters: Sequence[Tensor], seed: int) -> Tensor:
-    """One key per row from its counters."""
+    """One key per row from its counters.
+
+    Args:
+        counters: At least one tensor `(n,)` of whole numbers in [0, 2^32).
+        seed: Keeps apart what has equal counters, in [0, 2^32).
+
+    Returns:
+        `(n,)` int64.
+    """
     key = torch.full_like(counters[0], seed, dtype=torch.int64)
     for counter in counters:
         key = mix((mix(key) + counter.to(torch.int64)) & _MASK)
