@@ -271,6 +271,8 @@ def training(size: Size, device: torch.device, timed: bool) -> list[Row]:
                 optimizer.step()
 
             times = [elapsed_ms(step, device) for _ in range(size.period)]
+            if timed:
+                print(f"training, round {number + 1}, {name}: {statistics.fmean(times):.1f} ms", flush=True)
             if number >= 2:
                 found[name].append(statistics.fmean(times))
     rows = []
@@ -293,7 +295,7 @@ def _precision() -> Iterator[None]:
 
 
 def run(device: torch.device, smoke: bool, budget: float) -> list[Row]:
-    """Measure and print whole steps, then training steps.
+    """Measure and print training steps, then whole steps.
 
     Args:
         device: Where.
@@ -304,21 +306,20 @@ def run(device: torch.device, smoke: bool, budget: float) -> list[Row]:
     ceilings = None if smoke else measure.ceilings()
     modes = ("triton",) if smoke else ("auto", "reference")
     with _precision():
+        trained = training(TOY if smoke else SMALL, device, not smoke)
+        print("\n" + table(TRAINING_HEADER, [_train_cells(row) for row in trained]), flush=True)
         for size in (TOY,) if smoke else (SMALL, MEDIUM):
             for name in METHODS:
                 if time.monotonic() - start < budget:
                     rows += steps(name, size, device, ceilings, modes)
-        trained = training(TOY if smoke else SMALL, device, not smoke) if time.monotonic() - start < budget else []
+                    print(f"measured: {size.title}, {name}", flush=True)
+                else:
+                    print(f"the budget was spent: {size.title}, {name} is missing", flush=True)
     print("\n" + table(STEP_HEADER, [_step_cells(row) for row in rows]))
-    print(
-        "\n"
-        + table(["training step", "tokens", "optimizer", "mean, ms", "to AdamW"], [_train_cells(r) for r in trained])
-    )
-    if not trained:
-        print("\nthe budget was spent, rows are missing")
     return rows + trained
 
 
+TRAINING_HEADER = ["training step", "tokens", "optimizer", "mean, ms", "to AdamW"]
 STEP_HEADER = ["parameters", "optimizer", "kernels", "median, ms", "worst, ms", "mean, ms", "TFLOP", "GB"]
 STEP_HEADER += ["roof, ms", "bound by", "of the roof", "graph, ms"]
 

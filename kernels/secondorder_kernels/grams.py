@@ -63,7 +63,8 @@ def _gram_shape(X: Tensor, *, weight: Tensor | None = None, ones: bool = False, 
 
 def _gram_fake(X: Tensor, *, ones: bool = False, **options: Any) -> Tensor:
     n, d, _ = X.shape
-    return X.new_empty(n, d + ones, d + ones)
+    rows = d + int(ones)  # a symbolic size takes no bool
+    return X.new_empty(n, rows, rows)
 
 
 _gram = Operation(

@@ -2,7 +2,7 @@
 
 A path *refuses* what it cannot do; then no mode takes it. It *declines* what it could do but another path does better;
 then mode "auto" passes on, and mode "triton" does not ask. "auto" trusts a kernel only where a table of this device
-says that its result was checked there and its time beat the best of torch (`tables.py`, `tune.py`).
+says that its result was checked there and its time beat that of the other paths (`tables.py`, `tune.py`).
 """
 
 from __future__ import annotations

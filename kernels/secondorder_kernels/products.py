@@ -123,7 +123,7 @@ def ema_syrk_(
         ValueError: If shapes do not fit together.
         TypeError: If dtypes do not.
     """
-    rows = X.shape[1] + ones if X.ndim == 3 else -1
+    rows = X.shape[1] + int(ones) if X.ndim == 3 else -1
     if C.ndim != 3 or X.ndim != 3 or C.shape != (X.shape[0], rows, rows) or rate.shape != X.shape[:1]:
         raise ValueError(
             f"ema_syrk_ takes C (n, d, d), X (n, {'d - 1' if ones else 'd'}, m) and rate (n,), "

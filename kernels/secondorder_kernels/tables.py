@@ -1,12 +1,12 @@
-"""Tables of configurations: for every operation which tiles, or that torch is as fast; one JSON file per device.
+"""Tables of configurations: for every operation which tiles, or that another path is as fast; one JSON file per device.
 
     {"device": "NVIDIA H100 80GB HBM3", "date": "…", "torch": "…", "triton": "…", "driver": "…", "entries": [
       {"op": "ema_syrk_", "kind": "float32/bf16/k", "sizes": [24, 1024, 1024],
        "config": {"block": 64, …} or null, "us": 61.2, "best_us": 84.0, "best": "baddbmm", "ratio": 1.37}]}
 
 `kind` must agree exactly; of these entries that with the nearest sizes is taken, by the sum of |log2| of their ratios.
-A config of null: torch was as fast. Tables of a device are written by `python -m secondorder_kernels.tune`; the files
-named by a family (`sm90.json`, …) hold configurations that compile well there and were never measured: no ratio.
+A config of null: another path was as fast. Tables of a device are written by `python -m secondorder_kernels.tune`; the
+files named by a family (`sm90.json`, …) hold configurations that compile well there and were never measured: no ratio.
 
 Of a device these are read, in this order: the folder SECONDORDER_KERNELS_CONFIG_DIR or, where that is not named, the
 user's cache; the package.
@@ -38,8 +38,8 @@ class Entry:
 
     Attributes:
         sizes: At which it was measured.
-        config: Keyword arguments of the kernel's launcher; None: torch was as fast.
-        ratio: Time of the best of torch over that of the kernel; None: never measured.
+        config: Keyword arguments of the kernel's launcher; None: another path was as fast.
+        ratio: Time of the best other path over that of the kernel; None: never measured.
     """
 
     sizes: tuple[int, ...]

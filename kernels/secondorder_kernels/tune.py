@@ -1,13 +1,18 @@
 """`python -m secondorder_kernels.tune`: find out on this GPU which Triton kernels pay, and with which tiles.
 
     python -m secondorder_kernels.tune [--operations NAME ...] [--sizes quick|all] [--budget SECONDS] [--out FOLDER]
+                                       [--workers N]
     TRITON_INTERPRET=1 python -m secondorder_kernels.tune --smoke [--out FOLDER]
 
 Every candidate's results are compared with float64 before it is timed, on memory that holds NaN where results are to
-go; one that is wrong is reported and never timed, and the exit code is 1. The others take turns with the best that
-torch can do: medians of device time with a cold cache, in two rounds. What is found goes into this GPU's table in the
-user's cache (`tables.py` says where; `--out` names another folder), after every case, so that a run may be stopped.
-A kernel that is not faster than the best of torch by `LEAST_GAIN` is written down as not worth it.
+go; one that is wrong is reported and never timed, and the exit code is 1. The others take turns with the operation's
+other paths, which a call takes where it does not take the kernel: medians of device time with a cold cache, in two
+rounds. What is found goes into this GPU's table in the user's cache (`tables.py` says where; `--out` names another
+folder), after every case, so that a run may be stopped. A kernel that is not faster than the best other path by
+`LEAST_GAIN` is written down as not worth it. (Torch's compiler and other libraries are not asked here, since no call
+would go on with them: `recipes/benchmark_kernels.py` has them beside ours.)
+
+Most of a first run is compiling; `--workers` has that done on several processes before anything is timed.
 
 Nothing in the package calls this; without it, and without a table for the GPU among the package's own, all operations
 go on with torch. On several processes copy the table to all machines: other tiles round otherwise.
@@ -20,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import textwrap
 import time
@@ -33,7 +39,8 @@ import torch
 from secondorder_kernels import policy, tables
 from secondorder_kernels.tables import Config
 from secondorder_kernels.tuning import measure, table
-from secondorder_kernels.tuning.case import Case, Verifier, alternatives, triton_path
+from secondorder_kernels.tuning.ahead import compile_ahead
+from secondorder_kernels.tuning.case import Case, Verifier, other_paths, triton_path
 from secondorder_kernels.tuning.cases import SIZES, cases
 
 LEAST_GAIN = 1.05  # what a kernel must save for its table entry to say that it pays
@@ -50,7 +57,7 @@ class Finding:
     Attributes:
         entry: For the table; None where the kernel cannot take the case.
         wrong: Candidates that gave wrong results, and how they are wrong.
-        absent: Candidates and baselines that do not run here or are wrong, and why.
+        absent: Candidates and other paths that do not run here or are wrong, and why.
         times: Of all that was timed, by name.
         summary: In a line.
     """
@@ -84,17 +91,17 @@ def tune(case: Case, device: torch.device, clock: Clock | None) -> Finding:
         configs = {words(config): dict(config) for config in case.candidates}
         launches = {name: functools.partial(path.launch, config=config) for name, config in configs.items()}
         right, found.wrong, found.absent = _sorted(verifier, launches, baseline=False)
-        torch_alone, wrong, absent = _sorted(verifier, alternatives(case, call), baseline=True)
+        others, wrong, absent = _sorted(verifier, other_paths(case, call), baseline=True)
         found.absent.update({**wrong, **absent})
         if clock is None:
             # Never measured: a config without a ratio is not taken in mode "auto".
             found.entry.update(config=configs[next(iter(right))] if right else None, ratio=None)
-            found.summary = f"{len(right)} of {len(launches)} candidates are right, {len(torch_alone)} baselines"
+            found.summary = f"{len(right)} of {len(launches)} candidates are right, {len(others)} other paths"
         else:
-            calls = {name: functools.partial(call.of, run) for name, run in {**torch_alone, **right}.items()}
+            calls = {name: functools.partial(call.of, run) for name, run in {**others, **right}.items()}
             found.times = clock(calls)
             best = _best_still_right(verifier, right, found)
-            _judge(found, configs, best, min(torch_alone, key=lambda name: found.times[name].us, default=None))
+            _judge(found, configs, best, min(others, key=lambda name: found.times[name].us, default=None))
     return found
 
 
@@ -135,7 +142,7 @@ def _judge(found: Finding, configs: Mapping[str, dict[str, Any]], ours: str | No
     assert found.entry is not None
     if ours is None or theirs is None:
         found.entry["ratio"] = 0.0  # so it was measured, and is not to be used
-        found.summary = "no candidate is right" if ours is None else "no baseline runs, so nothing can be said"
+        found.summary = "no candidate is right" if ours is None else "no other path runs, so nothing can be said"
         return
     us, best_us = found.times[ours].us, found.times[theirs].us
     ratio = best_us / us
@@ -180,6 +187,7 @@ def _parser() -> OneLine:
     parser.add_argument("--sizes", choices=SIZES, default="quick", help="how many shapes; default: quick")
     parser.add_argument("--budget", type=float, default=900.0, metavar="SECONDS", help="start no case after; 900")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the table, instead of the user's cache")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that compile ahead; default: 1")
     parser.add_argument("--smoke", action="store_true", help="check tiny shapes on a CPU, time nothing")
     return parser
 
@@ -187,6 +195,10 @@ def _parser() -> OneLine:
 def _check(parser: OneLine, given: argparse.Namespace) -> None:
     if not given.budget > 0:
         parser.error(f"--budget must be above 0, got {given.budget:g}")
+    if given.workers < 1:
+        parser.error(f"--workers must be at least 1, got {given.workers}")
+    if given.smoke and given.workers > 1:
+        parser.error("--workers compiles for a GPU, --smoke compiles nothing")
     if not policy.installed():
         parser.error("triton is not installed")
     if given.smoke and not policy.interpreting():
@@ -208,7 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(parser, given)
     device = torch.device("cpu") if given.smoke else torch.device("cuda", torch.cuda.current_device())
     folder = given.out or (None if given.smoke else tables.user_folder())
-    chosen = [case for case in cases("tiny" if given.smoke else given.sizes) if case.operation in given.operations]
+    if not given.smoke:
+        # Other paths are made of operations too, and take their kernels by what was found so far.
+        os.environ["SECONDORDER_KERNELS_CONFIG_DIR"] = str(folder)
+    sizes = "tiny" if given.smoke else given.sizes
+    chosen = [case for case in cases(sizes) if case.operation in given.operations]
     written: dict[Any, table.Entry] = {}
     if folder is not None:
         try:
@@ -216,6 +232,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as failure:
             parser.error(f"no table can be written to {folder}: {failure}")
     start, wrong, path = time.monotonic(), 0, None
+    if given.workers > 1:
+        numbers = [number for number, case in enumerate(cases(sizes)) if case.operation in given.operations]
+        done = compile_ahead(sizes, numbers, given.workers, given.budget / 2)
+        print(f"compiled {done} of {len(chosen)} cases ahead in {time.monotonic() - start:.0f} s", flush=True)
     for number, case in enumerate(chosen):
         if time.monotonic() - start > given.budget:
             print(f"the budget is spent, {len(chosen) - number} of {len(chosen)} cases are left out")

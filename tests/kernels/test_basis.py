@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from draws import randn
+from laid import DEVICE
 from secondorder_kernels import explain, use_kernels
 from secondorder_kernels.basis import adam_in_basis_
 from secondorder_kernels.elementwise import adam_direction_
@@ -81,9 +82,9 @@ def test_nothing_is_read_on_the_host(mode):
 
 
 def test_a_kernel_refuses_an_eps_for_every_element():
-    m, v, X, Q = (t.float() for t in arguments())
+    m, v, X, Q = (t.float().to(DEVICE) for t in arguments())
     given = options(dtype=torch.float32) | {"eps_tensor": torch.ones(3, 4, 5)}
-    del given["eps"]
+    given = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in given.items() if name != "eps"}
     with use_kernels("triton"):
         path, reason = explain("adam_in_basis_", m, v, X, Q, m.clone(), **given)
     assert path == "none" and "(3, 4, 5)" in reason

@@ -108,7 +108,7 @@ def test_offsets_beyond_2_31_elements_are_right(tmp_path, strides):
 def test_double_precision_and_other_devices_are_refused():
     call = Call((3, 7, 5))
     state = [laid.t.double() for laid in (call.m, call.v, call.X, call.Q)]
-    options = {**call.options, "beta1_rate": RATES.double(), "beta2_rate": RATES.double()}
+    options = {**call.options, "beta1_rate": RATES.double().to(DEVICE), "beta2_rate": RATES.double().to(DEVICE)}
     with pytest.raises(RuntimeError, match="no kernel for torch.float64"):
         adam_in_basis_(*state, **options)
 

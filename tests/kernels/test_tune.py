@@ -201,10 +201,17 @@ def test_poison_shows_what_is_not_written():
 
 
 @HERE
-def test_baselines_are_checked_too(monkeypatch):
-    case = dataclasses.replace(first("adam_direction_"), baselines={"does nothing": lambda *args, **options: None})
-    found = tune.tune(case, CPU, clock("does nothing"))
-    assert "does nothing" in found.absent and "does nothing" not in found.times
+def test_other_paths_are_checked_too(monkeypatch):
+    monkeypatch.setattr(tune, "other_paths", lambda case, call: {"does nothing": lambda *args, **options: None})
+    found = tune.tune(first("adam_direction_"), CPU, clock("does nothing"))
+    assert "does nothing" in found.absent and "does nothing" not in found.times and found.entry["ratio"] == 0
+
+
+@HERE
+def test_what_no_call_would_take_does_not_count():
+    quick = dataclasses.replace(first("adam_direction_"), baselines={"others'": lambda *args, **options: None})
+    found = tune.tune(quick, CPU, clock("others'"))
+    assert found.entry["best"] == "reference" and "others'" not in found.times
 
 
 @HERE
@@ -285,7 +292,7 @@ def test_the_budget_ends_between_cases(capsys):
         (["--operations", "no_such"], "invalid choice: 'no_such'"),
         (["--sizes", "some"], "invalid choice: 'some'"),
         (["--budget", "0"], "--budget must be above 0, got 0"),
-        (["--smoke", "--out", __file__], "no table can be written to"),
+        pytest.param(["--smoke", "--out", __file__], "no table can be written to", marks=HERE),
         pytest.param([], "there is no GPU", marks=HERE),
     ],
 )

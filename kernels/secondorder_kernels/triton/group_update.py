@@ -75,7 +75,8 @@ def _multiply_update(
     if keys_at is not None:
         key = tl.load(keys_at + stack * keys_stride).to(tl.uint32)
         new = rounded(new, key, (row + i) * d + (column + j), True, dtype)
-    out_strides = (d.to(tl.int64) * d, d, 1)
+    # A d of 1 is a number of Python's here, which has no `to`.
+    out_strides = (tl.full((), 1, tl.int64) * d * d, d, 1)
     tl.store(out_at + offsets(stack, row, column, i, j, out_strides), new, mask=inside)
     new = new.to(tl.float32)
     tl.store(sums_at + pid, tl.sum(new * new))

@@ -141,15 +141,21 @@ class Compiled:
         return self._compiled(*args, **kwargs)
 
 
-def alternatives(case: Case, call: Call) -> dict[str, Callable[..., Any]]:
-    """What competes with the kernel: the operation's other paths, and the case's baselines."""
+def other_paths(case: Case, call: Call) -> dict[str, Callable[..., Any]]:
+    """What a call takes where the kernel is not taken: the operation's other paths, by name."""
     operation = operations()[case.operation]
     found: dict[str, Callable[..., Any]] = {"reference": operation.reference}
     for path in operation.faster:
         if not isinstance(path, TritonPath) and call.of(path.refuses) is None:
             found[path.name] = path.run
+    return found
+
+
+def alternatives(case: Case, call: Call) -> dict[str, Callable[..., Any]]:
+    """What competes with the kernel: the operation's other paths, their reference compiled, the case's baselines."""
+    found = other_paths(case, call)
     if case.compiled:
-        found["torch.compile"] = Compiled(operation.reference)
+        found["torch.compile"] = Compiled(operations()[case.operation].reference)
     return {**found, **case.baselines}
 
 
