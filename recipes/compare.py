@@ -32,6 +32,7 @@ import curves
 import optimizer
 import results
 import runfolder
+import tasks
 import train
 import world as processes
 from command import Arguments
@@ -159,6 +160,7 @@ def compare(wanted: Comparison, arguments: Arguments, folder: Path, words: Seque
         f"{config.task}, {len(wanted.seeds)} seeds",
         folder / "curves.png",
         (target, f"{BASELINE}'s worst final loss"),
+        tasks.measured(config.task),
     )
     page = [f"`python recipes/compare.py {shlex.join(words)}`", *holds_for, results.markdown(cells, LOWER_IS_BETTER)]
     runfolder.write_text(folder / "comparison.txt", "\n".join(lines) + "\n")
@@ -186,7 +188,7 @@ def tune(wanted: Comparison, arguments: Arguments, name: str, folder: Path, worl
         return None, line
     best = min(finite, key=lambda lr: finite[lr])
     edge = " (the grid's edge)" if best in (min(losses), max(losses)) else ""
-    listed = ", ".join(f"{lr:g} -> {loss:.4f}" for lr, loss in losses.items())
+    listed = ", ".join(f"{lr:g} -> {results.spell(loss)}" for lr, loss in losses.items())
     return best, f"tuned_lr of {name}: {best:g}{edge} of {listed}"
 
 
@@ -210,7 +212,7 @@ def table(trained: list[Result], rates: dict[str, float | None], target: float, 
         row.append([str(hit[0]) if hit else "-" for hit in hits])
         row.append(f"{median / steps:.0%}" if math.isfinite(median) else "-")
         row.append([f"{hit[1]:.1f}" if hit else "-" for hit in hits])
-        row.append([f"{result.final_loss:.3f}" for result in runs])
+        row.append([f"{loss:.3f}" if not 0 < loss < 0.1 else f"{loss:.2e}" for loss in (r.final_loss for r in runs)])
         row.append(f"{statistics.median(1e3 * result.seconds / max(result.steps, 1) for result in runs):.1f}")
         row.append(f"{runs[0].state_bytes / 1e6:.2f}")
         if accurate:
@@ -224,7 +226,7 @@ def table(trained: list[Result], rates: dict[str, float | None], target: float, 
 def facts(config: Config, world: World, target: float, device: str) -> list[str]:
     """What the numbers hold for."""
     return [
-        f"target: {target:.4f}, the worst of {BASELINE}'s final validation losses; "
+        f"target: {results.spell(target)}, the worst of {BASELINE}'s final validation losses; "
         f"of budget: the median run's part of {config.train.steps} steps",
         f"{device} ({platform.machine()}), {world.size} processes, torch {torch.__version__}, "
         f"python {platform.python_version()}, {time.strftime('%Y-%m-%d')}",

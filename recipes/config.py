@@ -24,7 +24,9 @@ def require(condition: bool, message: str) -> None:
 class Schedule:
     """The learning rate over the run, as a multiple of the optimizer's lr."""
 
-    kind: Literal["cosine", "linear", "constant"] = knob("cosine", "decay after the warm-up")
+    kind: Literal["cosine", "linear", "constant"] = knob(
+        "cosine", "decay after the warm-up; optimizers with a line search keep lr"
+    )
     warmup: int = knob(0, "steps of linear warm-up")
     final: float = knob(0.1, "multiple of lr at the last step (cosine, linear)")
 

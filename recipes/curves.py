@@ -13,7 +13,9 @@ from runfolder import replacing
 INSIDE = 7  # so many names fit into a panel without hiding its lines
 
 
-def draw(results: list[Result], title: str, path: Path, target: tuple[float, str] | None = None) -> str:
+def draw(
+    results: list[Result], title: str, path: Path, target: tuple[float, str] | None = None, what: str = "loss"
+) -> str:
     """Draw curves.png: validation loss as lines; where no optimizer has several runs, training loss faint behind them.
 
     Args:
@@ -21,6 +23,7 @@ def draw(results: list[Result], title: str, path: Path, target: tuple[float, str
         title: Of the picture.
         path: Where it goes.
         target: A loss, drawn as a dotted line, and what it is.
+        what: Validation measures.
 
     Returns:
         Where it is, or why it is not there.
@@ -50,9 +53,10 @@ def draw(results: list[Result], title: str, path: Path, target: tuple[float, str
             axis.axhline(target[0], color="gray", linestyle=":", label=target[1])
         axis.set_xlabel(label)
         axis.grid(alpha=0.2)
-    bottom, top = _range(results)
+    scale, bottom, top = _range(results)
+    axes[0].set_yscale(scale)
     axes[0].set_ylim(bottom, top)
-    axes[0].set_ylabel("loss (line with dots: validation, faint: training)" if alone else "validation loss")
+    axes[0].set_ylabel(f"{what} (line with dots: validation,\nfaint: training loss)" if alone else f"validation {what}")
     if len(names) <= INSIDE:
         axes[1].legend(loc="upper right")
     else:
@@ -68,8 +72,11 @@ def _columns(points: list[tuple[int, float, float]], column: int) -> tuple[list[
     return [point[column] for point in points], [point[2] for point in points]
 
 
-def _range(results: list[Result]) -> tuple[float | None, float | None]:
-    """The losses after a twentieth of the run: neither the first fall nor a run that diverges sets the scale."""
+def _range(results: list[Result]) -> tuple[str, float | None, float | None]:
+    """Scale and ends of the axis of losses.
+
+    From those after a twentieth of the run: neither the first fall nor a run that diverges sets the scale.
+    """
     losses = [
         loss
         for result in results
@@ -77,6 +84,8 @@ def _range(results: list[Result]) -> tuple[float | None, float | None]:
         if step >= result.steps / 20 and math.isfinite(loss) and loss <= 2 * result.validation[0][2]
     ]
     if not losses or max(losses) == min(losses):
-        return None, None
+        return "linear", None, None
+    if 0 < 100 * min(losses) < max(losses):
+        return "log", min(losses) / 1.5, max(losses) * 1.5
     margin = 0.05 * (max(losses) - min(losses))
-    return min(losses) - margin, max(losses) + margin
+    return "linear", min(losses) - margin, max(losses) + margin

@@ -27,8 +27,8 @@ from muon import MuonWithAdamW
 # Where it is not installed, the torch.* names still work.
 secondorder: Any = importlib.import_module("secondorder") if importlib.util.find_spec("secondorder") else None
 
-# LBFGS evaluates the loss several times per step, SparseAdam needs sparse gradients: neither fits the loop.
-_UNFIT = ("Optimizer", "LBFGS", "SparseAdam")
+_UNFIT = ("Optimizer", "SparseAdam")  # the second needs sparse gradients
+NEED_CLOSURE = ("torch.lbfgs",)  # for tasks with residuals
 
 
 def classes() -> dict[str, type[torch.optim.Optimizer]]:
@@ -132,6 +132,8 @@ def build(spec: Spec, model: nn.Module, shared: bool = False) -> torch.optim.Opt
     groups.append({"params": [pair for pair in named if pair[1].ndim < 2]})
     if "weight_decay" in known:
         groups[1]["weight_decay"] = 0.0
+    if spec.class_name in NEED_CLOSURE:  # it takes one group
+        groups = [{"params": [pair for group in groups for pair in group["params"]]}]
     extra: dict[str, Any] = {"module": model} if "module" in known else {}
     if shared and "sharding" in known:
         extra["sharding"] = "owners"

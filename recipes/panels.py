@@ -17,7 +17,7 @@ from series import Curve, Section
 
 MOST = 8  # panels of diagnostics that are chosen by default
 ALWAYS = ("step", "seconds", "train/loss", "train/lr", "val/loss")  # shown elsewhere, or not worth a panel
-DEFAULT = ("val/*", "optimizer/*", "train/grad_norm")
+DEFAULT = ("val/*", "optimizer/*", "loss/*", "train/grad_norm")
 # What tells most about a preconditioner, by the words in a metric's name, most telling first.
 TELLING = "accuracy held_out cosine ratio condition rank clip damping noise snr since_refresh stale norm".split()
 GRID: dict[str, Any] = {"alpha": 0.25, "linewidth": 0.6}

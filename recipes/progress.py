@@ -55,10 +55,15 @@ class Stopwatch:
         self.marks: list[tuple[str, Any]] = []  # (phase, seconds or event) of each end
         self.spent: dict[str, float] = {}  # per phase, since the last split
         self.total = 0.0
+        self.cpu = 0.0  # of the process, at the last mark
 
     def mark(self, phase: str) -> None:
         """The phase ends here, and the next begins. Time that ends in phase "" is not counted."""
         now: Any = time.perf_counter()
+        cpu = time.process_time()
+        if phase:
+            self.spent["cpu"] = self.spent.get("cpu", 0.0) + cpu - self.cpu
+        self.cpu = cpu
         if self.on_cuda:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -77,7 +82,7 @@ class Stopwatch:
         return self.total
 
     def split(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
+        """Seconds per phase since the last call, and CPU seconds of all of them, on all cores."""
         self.seconds()
         spent, self.spent = self.spent, {}
         return spent

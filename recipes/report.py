@@ -267,7 +267,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def _loss(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+    return results.spell(value) if abs(value) < 1 else f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -73,14 +73,19 @@ def of(name: str, records: list[dict[str, Any]]) -> Result:
     return Result(name, series("val/loss"), series("train/loss"), state[-1] if state else 0, last)
 
 
+def spell(loss: float) -> str:
+    """A loss as text: of those that four decimals would not tell apart, three digits."""
+    return f"{loss:.4f}" if not 0 < abs(loss) < 0.01 else f"{loss:.2e}"
+
+
 def table(results: list[Result]) -> str:
     """One line per optimizer. The target is the final loss of the second: the first of those compared with."""
     target = results[1].final_loss if len(results) > 1 else None
     head = ["optimizer", "final loss", "ms/step", "state MB", "seconds"]
-    rows = [head if target is None else [*head, f"to {target:.4f}: steps", "seconds"]]
+    rows = [head if target is None else [*head, f"to {spell(target)}: steps", "seconds"]]
     for result in results:
         per_step = 1e3 * result.seconds / max(result.steps, 1)
-        row = [result.name, f"{result.final_loss:.4f}", f"{per_step:.1f}", f"{result.state_bytes / 1e6:.2f}"]
+        row = [result.name, spell(result.final_loss), f"{per_step:.1f}", f"{result.state_bytes / 1e6:.2f}"]
         row.append(f"{result.seconds:.1f}")
         if target is not None:
             hit = result.reached(target)
@@ -134,13 +139,14 @@ def verdict(results: list[Result]) -> str:
     """One sentence that compares the first optimizer with the baseline."""
     first = results[0]
     if len(results) < 2:
-        return f"{first.name}: validation loss {first.final_loss:.4f} after {first.steps} steps, {first.seconds:.1f} s"
+        loss = spell(first.final_loss)
+        return f"{first.name}: validation loss {loss} after {first.steps} steps, {first.seconds:.1f} s"
     baseline = results[1]
     hit = first.reached(baseline.final_loss)
     if not hit:
-        return f"{first.name} did not reach {baseline.name}'s final loss of {baseline.final_loss:.4f}"
+        return f"{first.name} did not reach {baseline.name}'s final loss of {spell(baseline.final_loss)}"
     return (
-        f"{first.name} reached {baseline.name}'s final loss of {baseline.final_loss:.4f} "
+        f"{first.name} reached {baseline.name}'s final loss of {spell(baseline.final_loss)} "
         f"in {hit[0]} steps and {hit[1]:.1f} s "
         f"({hit[0] / baseline.steps:.0%} of its steps, {hit[1] / baseline.seconds:.0%} of its seconds)"
     )

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+
+import torch
 
 from config import Schedule
+
+
+def of(opt: torch.optim.Optimizer, schedule: Schedule) -> Schedule:
+    """The schedule for an optimizer: one that looks for its step size keeps lr, a multiple of what it finds."""
+    searches = any(opt.defaults.get(key) for key in ("line_search", "line_search_fn"))
+    return replace(schedule, kind="constant", warmup=0) if searches else schedule
 
 
 def factor(schedule: Schedule, steps: int) -> Callable[[int], float]:

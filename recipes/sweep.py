@@ -189,8 +189,8 @@ def table(wanted: Sweep, ranked: list[Outcome]) -> list[list[Cell]]:
         for axis in wanted.axes:
             value = outcome.point[axis.key]
             row.append(f"{value}*" if rank == 0 and math.isfinite(outcome.loss) and axis.at_edge(value) else value)
-        row.append(outcome.error[:60] or [f"{result.final_loss:.4f}" for result in outcome.results])
-        row.append([f"{result.best_loss:.4f}" for result in outcome.results] or "-")
+        row.append(outcome.error[:60] or [results.spell(result.final_loss) for result in outcome.results])
+        row.append([results.spell(result.best_loss) for result in outcome.results] or "-")
         row.append([str(result.steps) for result in outcome.results] or "-")
         speeds = [1e3 * result.seconds / max(result.steps, 1) for result in outcome.results]
         row.append(f"{statistics.median(speeds):.1f}" if speeds else "-")
@@ -204,7 +204,7 @@ def advice(wanted: Sweep, ranked: list[Outcome]) -> list[str]:
     if not math.isfinite(best.loss):
         return ["no point ended with a finite loss"]
     options = " ".join(f"--{key}={value}" for key, value in best.point.items())
-    lines = [f"best: {options} (median final loss {best.loss:.4f}, {len(best.results)} seeds)"]
+    lines = [f"best: {options} (median final loss {results.spell(best.loss)}, {len(best.results)} seeds)"]
     edges = [axis.key for axis in wanted.axes if axis.at_edge(best.point[axis.key])]
     if edges:
         lines.append(f"* {', '.join(edges)}: the best value lies at the edge of what was tried; look beyond")

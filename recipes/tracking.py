@@ -6,7 +6,8 @@ What is logged are the records of metrics.jsonl. wandb shows them in groups, by 
 
     train/, val/   losses, learning rate, gradient norm, what else the task measures
     optimizer/     what the optimizer's `diagnostics()` says
-    time/          milliseconds per step: data, forward_backward, optimizer
+    loss/          parts of the training loss, of tasks with residuals
+    time/          milliseconds per step: data, forward_backward, optimizer; cpu: of all cores in all of these
     memory/        bytes of the optimizer's state; on a GPU the peak of all
 """
 

@@ -19,7 +19,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import checkpoints
+import closures
 import command
 import curves
 import optimizer
@@ -103,6 +104,7 @@ def run(config: Config, world: World, folder: Path | None = None) -> list[result
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     task = tasks.load(config.task).Task(config.data, config.model, config.seed)
+    check_closures(config, task, world)
     if world.is_main:
         folder = folder or runfolder.of_launch(config.out, config.task, config.name, rendezvous.launch())
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,8 +123,9 @@ def run(config: Config, world: World, folder: Path | None = None) -> list[result
     if world.is_main:
         rates = [f"{spec.name} (lr {spec.arguments.get('lr', 'default')})" for spec in config.optimizers]
         title = f"{config.name}: {', '.join(rates)}"
-        target = (trained[1].final_loss, f"{trained[1].name}'s final loss") if len(trained) > 1 else None
-        picture = curves.draw(trained, title, folder / "curves.png", target)
+        what = tasks.measured(config.task)
+        target = (trained[1].final_loss, f"{trained[1].name}'s final {what}") if len(trained) > 1 else None
+        picture = curves.draw(trained, title, folder / "curves.png", target, what)
         runfolder.write_text(folder / "results.txt", f"{results.table(trained)}\n{results.verdict(trained)}\n")
         say(f"\n{results.table(trained)}\n{results.verdict(trained)}\ncurves: {picture}")
     world.barrier()
@@ -144,6 +147,32 @@ def check_division(loop: Train, world: World) -> None:
         raise RecipeError(f"train.batch_size={loop.batch_size} is not divisible by {by}")
 
 
+def check_closures(config: Config, task: Any, world: World) -> None:
+    """Refuse what a step with a closure does not do.
+
+    Raises:
+        RecipeError: The task has residuals and the loop is to do something with their gradient, or it has none and an
+            optimizer needs a closure.
+    """
+    if not hasattr(task, "residuals"):
+        for spec in config.optimizers:
+            if spec.class_name in optimizer.NEED_CLOSURE:
+                raise RecipeError(
+                    f"optimizer {spec.name} evaluates a loss several times, which task={config.task} lacks"
+                )
+        return
+    if world.size > 1:
+        raise RecipeError(f"task={config.task} has residuals, which one process trains on, got {world.size} processes")
+    for name, value, wanted in (
+        ("accumulation", config.train.accumulation, 1),
+        ("microbatches", max(config.train.microbatches, 1), 1),
+        ("clip", config.train.clip, 0.0),
+        ("dtype", config.train.dtype, "float32"),
+    ):
+        if value != wanted:
+            raise RecipeError(f"train.{name} must be {wanted} for task={config.task}, which has residuals, got {value}")
+
+
 def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, label: str) -> None:
     """Train one optimizer from its last checkpoint, or from the start, to the last step.
 
@@ -155,7 +184,7 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
     model = task.build_model().to(world.device)
     wrapped = world.wrap(model, config.parallel, config.replicas)
     opt = optimizer.build(spec, model, shared=world.size > 1 and config.parallel == "ddp")
-    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule.factor(config.schedule, steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule.factor(schedule.of(opt, config.schedule), steps))
     watch = Stopwatch(world.device)
     start = restore(folder, model, opt, scheduler, watch, world)
     if start >= steps or results.read(folder.parent, spec.name).diverged:
@@ -187,11 +216,16 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
         watch.mark("")
         batches = microbatches(task, step, config, world)
         watch.mark("data")
-        loss = forward_backward(wrapped, task, step, batches, config, world)
-        watch.mark("forward_backward")
-        norm = clip_gradient(model, config.train.clip)
         lr = float(opt.param_groups[0]["lr"])
-        opt.step()
+        parts: dict[str, Tensor] = {}
+        if hasattr(task, "residuals"):
+            loss, parts = closures.step(opt, residuals(model, task, step, batches[0], config))
+            norm = clip_gradient(model, 0.0)
+        else:
+            loss = forward_backward(wrapped, task, step, batches, config, world)
+            watch.mark("forward_backward")
+            norm = clip_gradient(model, config.train.clip)
+            opt.step()
         opt.zero_grad()
         scheduler.step()
         watch.mark("optimizer")
@@ -202,11 +236,12 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
             milliseconds = {f"time/{k}_ms": 1e3 * v / (done - logged) for k, v in watch.split().items()}
             logged = done
             values = {"train/loss": world.mean(loss), "train/lr": lr, "train/grad_norm": float(norm), **milliseconds}
+            values |= {f"loss/{name}": float(part) for name, part in parts.items()}
             values |= {f"train/{task.samples_unit}": units * done, **diagnostics(opt, config.log.diagnostics)}
             values["memory/state_bytes"] = optimizer.state_bytes(opt)
             if world.device.type == "cuda":
                 values["memory/peak_bytes"] = torch.cuda.max_memory_allocated(world.device)
-            progress.show(done, f"loss {values['train/loss']:.4f}  lr {lr:.2e}")
+            progress.show(done, f"loss {results.spell(values['train/loss'])}  lr {lr:.2e}")
         diverged = not math.isfinite(values.get("train/loss", 0.0))
         if done % config.eval.every == 0 or last or diverged:
             values |= {"val/loss": math.nan} if diverged else evaluate(model, task, config, world)
@@ -221,6 +256,8 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
             break
     if tracker:
         tracker.finish()
+        if hasattr(task, "draw") and done == steps and not diverged:
+            say(f"{label}: {task.draw(model, f'{config.name}: {spec.name} after {steps} steps', folder)}")
     if verdict:
         say(f"{label}: asked to stop after step {done}; --resume {folder.parent} goes on", file=sys.stderr)
         raise preemption.stop(verdict, world.parent)
@@ -267,6 +304,18 @@ def forward_backward(
     return total
 
 
+def residuals(
+    model: nn.Module, task: Any, step: int, batch: tuple[Tensor, ...], config: Config
+) -> Callable[[], dict[str, Tensor]]:
+    """The residuals of a step; what is random in them is the same at every evaluation."""
+
+    def evaluate() -> dict[str, Tensor]:
+        seed_everything(config.seed, step, 1)
+        return task.residuals(model, batch)
+
+    return evaluate
+
+
 def clip_gradient(model: nn.Module, largest: float) -> Tensor:
     """Scale the gradient down to the norm `largest` (0: leave it); returns the norm it had."""
     if largest:
@@ -291,7 +340,10 @@ def evaluate(model: nn.Module, task: Any, config: Config, world: World) -> dict[
             for name, value in task.measure(model, batch).items():
                 sums[name] = sums.get(name, 0) + value / parts
     model.train()
-    return {f"val/{name}": world.mean(value) for name, value in sums.items()}
+    means = {name: world.mean(value) for name, value in sums.items()}
+    if hasattr(task, "summarise"):
+        means = task.summarise(means)
+    return {f"val/{name}": value for name, value in means.items()}
 
 
 def save(folder: Path, step: int, model: nn.Module, opt: Any, scheduler: Any, watch: Stopwatch, world: World) -> None:

@@ -1,7 +1,8 @@
 """The public optimizers under test: a new class adds one line to `OPTIMIZERS`.
 
 The parameters here are loose: they belong to no module. A layer method trains them by its fallback, and says so in a
-warning; the same contract on layers is in `test_layer_contract.py`.
+warning; the same contract on layers is in `test_layer_contract.py`. A method that steps by residuals trains on
+gradients by AdamW; its steps by residuals are in `test_residual_optimizers.py`.
 """
 
 import warnings
@@ -29,6 +30,7 @@ class Case:
     measures: bool = False  # the first usable gradient leaves the parameter where it is
     moves: bool = False  # factors move in every step; a refresh only tidies up
     layers: bool = False  # statistics come from layers: loose parameters are left to the fallback
+    residuals: bool = False  # steps by residuals: gradients alone train by AdamW, which reads no option of its own
 
     def make(self, params: Any, **more: Any) -> Any:
         return self.build(params, **{**self.kwargs, **more})
@@ -44,6 +46,8 @@ class Case:
         """Whether the option acts on loose parameters."""
         if self.layers:
             return option in COMMON or option.startswith("fallback_")
+        if self.residuals:
+            return option in self.cls.shared_options
         return option in self.cls.shared_options or option in self.cls.own_options
 
 
@@ -64,6 +68,9 @@ OPTIMIZERS = [
     Case(secondorder.RFRMSProp, dict(lr=0.01), average="momentum"),
     Case(secondorder.SpectralFactorized, dict(lr=0.01, refresh_every=3), average="momentum", moves=True),
     Case(secondorder.InverseFreeKLShampoo, dict(lr=0.01), average="momentum", measures=True),
+    Case(secondorder.ENGDW, dict(lr=0.01, fallback_lr_scale=1.0), residuals=True),
+    Case(secondorder.SPRING, dict(lr=0.01, fallback_lr_scale=1.0), residuals=True),
+    Case(secondorder.ResidualKFAC, dict(lr=0.01, fallback_lr_scale=1.0), residuals=True),
 ]
 
 

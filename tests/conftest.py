@@ -26,6 +26,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[GOLDEN_COUNTS] = Counter()
+    # Methods that step by residuals say so wherever a test trains them on gradients.
+    config.addinivalue_line("filterwarnings", "ignore:.*AdamW takes the step")
     # One thread: results are then the same bits on every machine, and tests may run beside each other.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

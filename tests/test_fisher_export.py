@@ -11,7 +11,8 @@ from cases import parameters
 from dense_kfac import SETTINGS, backward, batch, mlp, pairs
 
 LOOSE = [case for case in cases.OPTIMIZERS if not case.layers]
-FACTORED = [case for case in LOOSE if case.cls.__name__ not in ("AdamW", "RFAdamW", "RFRMSProp")]
+ELEMENTWISE = ("AdamW", "RFAdamW", "RFRMSProp")
+FACTORED = [case for case in LOOSE if not case.residuals and case.cls.__name__ not in ELEMENTWISE]
 BY_NAME = pytest.mark.parametrize("case", LOOSE, ids=lambda case: case.cls.__name__)
 BY_FACTORS = pytest.mark.parametrize("case", FACTORED, ids=lambda case: case.cls.__name__)
 

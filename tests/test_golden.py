@@ -42,7 +42,7 @@ DEFERRED = (
     ("asdl_*", "deferred: named by an index, but no such file was ever seen"),
     ("*_problem_engdw", "replayed in tests/test_linearization.py and tests/test_residual_solve.py"),
     ("*_spring", "replayed in tests/test_residual_solve.py"),
-    ("*_kfac", "deferred: issue 10"),
+    ("*_kfac", "replayed in tests/test_residual_layers.py and tests/test_residual_kfac.py"),
 )
 
 

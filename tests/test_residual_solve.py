@@ -219,10 +219,13 @@ def test_dampings():
 
 
 def test_adaptive_damping():
-    assert so.adapted(1e-8, 0.0, 1.0) == so.adapted(1e-8, 1 / 32, 0.1) == pytest.approx(4e-8)  # too long
-    assert so.adapted(1e-8, 1.0, 0.1) == so.adapted(1e-8, 0.25, 0.9) == pytest.approx(5e-9)  # trusted; slow
-    assert so.adapted(1e-8, 0.5, 0.5) == 1e-8
-    assert so.adapted(so.MOST, 0.0, 1.0) == so.MOST and so.adapted(so.LEAST, 1.0, 1.0) == so.LEAST
+    def adapted(damping, alpha, progress):
+        return so.adapted(damping, alpha, progress, least=1e-11)
+
+    assert adapted(1e-8, 0.0, 1.0) == adapted(1e-8, 1 / 64, 0.1) == pytest.approx(4e-8)  # too long
+    assert adapted(1e-8, 1 / 8, 0.1) == adapted(1e-8, 1 / 32, 0.9) == pytest.approx(1e-9)  # trusted; slow
+    assert adapted(1e-8, 1 / 16, 0.5) == 1e-8
+    assert adapted(so.MOST, 0.0, 1.0) == so.MOST and adapted(1e-11, 1.0, 1.0) == adapted(1e-14, 0.0, 1.0) == 1e-11
 
 
 def test_relative_damping_does_not_depend_on_the_units_of_the_residual():
@@ -329,6 +332,22 @@ def test_conjugate_gradients_stop_without_harm():
     assert flat.iterations == 0 and flat.residual == 1
     bad = so.conjugate_gradients(lambda x: x * float("nan"), torch.ones(4))
     assert bad.x.tolist() == [0.0] * 4
+
+
+def test_conjugate_gradients_stop_where_the_model_hardly_falls():
+    J = jacobian(60, 60)
+    A, b = J @ J.mT + 1e-8 * torch.eye(60, dtype=torch.float64), J @ torch.ones(60, dtype=torch.float64)
+    model = lambda x: 0.5 * x @ A @ x - b @ x  # noqa: E731
+    least = model(torch.linalg.solve(A, b))
+    for decrease in (1e-3, 1e-2):
+        found = so.conjugate_gradients(lambda x: A @ x, b, tolerance=1e-12, max_iterations=500, decrease=decrease)
+        n = int(found.iterations)
+        at = [
+            model(so.conjugate_gradients(lambda x: A @ x, b, tolerance=0.0, max_iterations=k).x) for k in range(n + 1)
+        ]
+        slow = [k for k in range(10, n + 1) if at[k - 10] - at[k] <= -10 * decrease * at[k]]
+        assert slow == [n] and n < 100
+        assert (at[n] - least) / -least < 0.5
 
 
 def test_on_a_device_that_is_not_read_further_iterations_change_nothing(monkeypatch):

@@ -14,6 +14,15 @@ with what the training loop asks for:
     .loss(model, batch) -> Tensor         mean over the samples of the batch (0-d)
     .measure(model, batch) -> dict        what validation reports, by name: such means, "loss" among them
 
+and may define more:
+
+    .residuals(model, batch) -> dict      in the place of `loss`: residuals by name, the samples in their first axis;
+                                          the loop gives optimizers a closure that returns them. For one process, one
+                                          micro-batch, and without clipping
+    .summarise(means) -> dict             what validation reports, of the means over all samples (roots, ratios)
+    .measured                             what `loss` of `measure` is, if it is no loss; of the class
+    .draw(model, title, folder) -> str    a picture of the trained model; says where it is
+
 A batch is a tuple of tensors on the CPU; the loop moves it.
 """
 
@@ -30,6 +39,11 @@ from errors import RecipeError
 def names() -> list[str]:
     """All tasks."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def measured(name: str) -> str:
+    """What a task's validation compares."""
+    return str(getattr(load(name).Task, "measured", "loss"))
 
 
 def load(name: str) -> ModuleType:

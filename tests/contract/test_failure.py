@@ -105,7 +105,7 @@ class TestWarnings:
                 cases.train(optimizer, params, [step], before=lambda step: poison(params, 0, math.nan))
             optimizer.diagnostics()
             optimizer.state_dict()
-        assert len(caught) == 1
+        assert sum("a step was refused" in str(warning.message) for warning in caught) == 1
 
 
 class TestRange:

@@ -145,7 +145,7 @@ def test_a_resolved_config_resolves_to_itself(tmp_path, name):
         (["--optimizer.name=mine", "--optimizer.class=sopa"], "optimizer.class: expected one of"),
         (["--optimizer.name=adamw", "--optimizer.class=soap"], "a variant of soap needs a name of its own"),
         (["--optimizer.name=../x", "--optimizer.class=soap"], "a variant of soap needs a name of its own"),
-        (["--task=llm"], "task: expected one of autoencoder, lm, vision, got 'llm', did you mean 'lm'?"),
+        (["--task=llm"], "task: expected one of autoencoder, lm, pinn, vision, got 'llm', did you mean 'lm'?"),
         (["--schedule.kind=cosin"], "got 'cosin', did you mean 'cosine'?"),
         (["--train.steps=many"], "train.steps: expected int, got 'many'"),
         (["--train.steps=0"], "train.steps must be >= 1, got 0"),

@@ -17,7 +17,7 @@ What is understood, by the parameters' identity in the torch functions that the 
   backward pass each.
 
 Otherwise `CannotExpand`: another use of a larger parameter, samples that are not the first axis. Whether samples are
-coupled (batch norm, a mean over the batch) nothing of this can tell: J v is compared with autograd's.
+coupled (batch norm, a mean over the batch) nothing of this can tell: Jᵀ u is compared with autograd's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from secondorder.taylor.jet import separate_samples
 
 COLUMNS = 64  # largest number of entries whose columns are computed one by one
 ROWS = 8  # largest number of residuals in a term whose rows are
-TOLERANCE = {torch.float64: 1e-8}  # of J v against autograd, relative; of other dtypes 1e-3
+TOLERANCE = {torch.float64: 1e-8}  # of Jᵀ u against autograd, relative; of other dtypes 1e-3
 MATMUL = {"matmul", "mm"}
 ELEMENTWISE = {"add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "pow", "atan2"}
 ELEMENTWISE |= {"maximum", "minimum", "__rsub__", "__rdiv__", "__rtruediv__", "__pow__", "__rpow__"}
@@ -154,6 +154,7 @@ class Expansion(TorchFunctionMode):
 
     Attributes:
         opaque: Parameters in uses that are not understood, with the name of the function.
+        together: Weight and bias of every linear map that has both.
     """
 
     def __init__(self, params: Sequence[Tensor], excluded: Iterable[int], recorder: Recorder) -> None:
@@ -163,6 +164,7 @@ class Expansion(TorchFunctionMode):
         self._transposes: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the transpose, kept alive, and the parameter
         self._recorder = recorder
         self.opaque: dict[int, str] = {}
+        self.together: set[tuple[int, int]] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -233,6 +235,8 @@ class Expansion(TorchFunctionMode):
             return None
         if self._parameter(x) is not None or (b is not None and b.ndim != 1):
             return None
+        if indices[0] is not None and indices[1] is not None:
+            self.together.add((indices[0], indices[1]))
         return _LinearMap.apply(x, W, b, self._recorder, indices, transposed)
 
     def _copies(self, p: Tensor, x: Tensor) -> Tensor | None:
@@ -254,7 +258,7 @@ def expand(
     Args:
         evaluate: Calls the closure.
         params: That J is with respect to.
-        memory: What is known; what is found is added. Terms that are new in it are checked: two more backward passes.
+        memory: What is known; what is found is added. Terms that are new in it are checked: one more backward pass.
         chunk: Columns of J that are held at once.
 
     Returns:
@@ -279,6 +283,7 @@ def _attempt(
 ) -> Factored | dict[int, str]:
     """J, or the parameters that have to be excluded and where they were used."""
     recorder, excluded = Recorder(), memory.excluded
+    # A compiled graph does not show the calls that are recorded: J would be zero, and autograd's is, too.
     with Expansion(params, excluded, recorder) as expansion:
         terms = evaluate()
     if expansion.opaque:
@@ -300,20 +305,30 @@ def _attempt(
     recorder.phase = "plain"
     for i in sorted(excluded):
         parts[i] = [_columns(vector, params[i])]
-    J = Factored(vector.detach(), params, parts, chunk)
+    J = Factored(vector.detach(), params, parts, chunk, _layers(len(params), expansion.together))
     structure = tuple((name, r.shape, r.dtype) for name, r in zip(terms.names, terms.residuals, strict=True))
     if structure in memory.checked:
         return J
     difference = _disagreement(J, vector, params)
-    if not math.isfinite(difference):  # says nothing of the closure; the next call checks
+    if math.isnan(difference):  # says nothing of the closure; the next call checks
         return J
     if difference > TOLERANCE.get(vector.dtype, 1e-3):
         raise CannotExpand(
-            f"rows do not give J v (relative difference {difference:.1e}): residuals of a sample depend on other "
+            f"rows do not give Jᵀ u (relative difference {difference:.1e}): residuals of a sample depend on other "
             "samples (batch norm, a mean over the batch), or on parameters that torch functions do not show"
         )
     memory.checked.add(structure)
     return J
+
+
+def _layers(n: int, together: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Parameters by layers: those that are linked by pairs, in the order of their first ones."""
+    layer = [{i} for i in range(n)]
+    for i, j in together:
+        union = layer[i] | layer[j]
+        for k in union:
+            layer[k] = union
+    return [sorted(layer[i]) for i in range(n) if i == min(layer[i])]
 
 
 def _record(recorder: Recorder, r: Tensor, at: int, inputs: Sequence[Tensor]) -> list[tuple[int, Part]]:
@@ -358,18 +373,18 @@ def _columns(vector: Tensor, p: Tensor) -> Part:
 
 
 def _disagreement(J: Factored, vector: Tensor, params: Sequence[Tensor]) -> float:
-    """|J v - J v by autograd| / |J v| for a random v in which all parameters have the same weight."""
+    """|Jᵀ u - Jᵀ u by autograd| / |Jᵀ u| for a random u: root mean square over the parameters.
+
+    Relative to every parameter's own size, but for those that are rounding errors of the whole.
+    """
     generator = torch.Generator(vector.device).manual_seed(0)  # not the user's
-    product, v = torch.zeros_like(vector), []
-    for i, p in enumerate(params):
-        part = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
-        own = J.jvp_of(i, part)
-        size = torch.linalg.vector_norm(own)
-        scale = torch.where(size > 0, size.reciprocal(), 1.0)
-        v.append(part * scale)
-        product += own * scale
-    true = Products(vector, params).jvp(v)
-    return float((product - true).norm() / true.norm().clamp_min(torch.finfo(true.dtype).tiny))
+    u = torch.randn(vector.shape, dtype=vector.dtype, device=vector.device, generator=generator)
+    true, own = Products(vector, params).vjp(u), J.vjp(u)
+    sizes = torch.stack([torch.linalg.vector_norm(x) for x in true])
+    errors = torch.stack([torch.linalg.vector_norm(y - x) for x, y in zip(true, own, strict=True)])
+    least = torch.linalg.vector_norm(sizes) * torch.finfo(vector.dtype).eps ** 0.4
+    relative = torch.where(errors == 0, 0.0, errors / torch.maximum(sizes, least))
+    return math.inf if bool((relative == math.inf).any()) else float(relative.square().mean().sqrt())
 
 
 def _linear_arguments(

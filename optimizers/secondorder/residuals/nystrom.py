@@ -52,7 +52,7 @@ def gaussian(n: int, rank: int, generator: torch.Generator) -> Tensor:
 
 
 def nystrom(
-    K: Tensor | Callable[[Tensor], Tensor], omega: Tensor, damping: Tensor | float, shift: float = 1e-7
+    K: Tensor | Callable[[Tensor], Tensor], omega: Tensor, damping: Tensor | float, shift: Tensor | float = 1e-7
 ) -> Nystrom:
     """Sketch a kernel.
 

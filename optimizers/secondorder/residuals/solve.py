@@ -26,7 +26,7 @@ from torch import Tensor
 from secondorder import linalg
 
 DAMPING_KINDS = ("absolute", "relative", "adaptive")
-LEAST, MOST = 1e-13, 1e-4  # of an adaptive damping, in units of the kernel's mean diagonal
+MOST = 1e-4  # of an adaptive damping, in units of the kernel's mean diagonal
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,10 @@ def factorize(A: Tensor, damping: Tensor | float) -> Factor:
         raise ValueError(f"factorize takes a non-empty square matrix (n, n), got shape {tuple(A.shape)}")
     A = linalg.wide(A)
     shift = torch.as_tensor(damping, dtype=A.dtype, device=A.device)
-    damped = A.clone()
-    damped.diagonal().add_(shift)
-    triangle, info = torch.linalg.cholesky_ex(damped)
+    diagonal = A.diagonal().clone()
+    A.diagonal().add_(shift)  # for a moment: N² numbers less than a copy
+    triangle, info = torch.linalg.cholesky_ex(A)
+    A.diagonal().copy_(diagonal)
     if int(info) == 0:
         return Factor(triangle, None, None, shift, torch.isfinite(triangle).all())
     eigenvalues, basis, ok = linalg.eigh(A[None])
@@ -151,29 +152,37 @@ def damping_of(kind: str, damping: float, trace: Tensor, n: int) -> Tensor:
     return torch.full_like(trace, damping) if kind == "absolute" else damping / n * trace
 
 
-def adapted(damping: float, alpha: float, progress: float) -> float:
+def adapted(damping: float, alpha: float, progress: float, least: float) -> float:
     """The next step's damping of the kind "adaptive", by what a search along this step's direction found.
 
-        α <= 1/32:                        4 · damping    the direction was far too long for its linear model
-        else α >= 1, or progress > 0.8:   damping / 2    it can be trusted; or little is left to gain at this damping
-        else:                             damping
+        α <= 1/64:                         4 · damping     the direction was far too long for its linear model
+        else α >= 1/8, or progress > 0.8:  damping / 10    it can be trusted; or little is left to gain at this damping
+        else:                              damping
 
     Levenberg-Marquardt's idea with the step size in the place of the gain ratio: a search makes small dampings
-    harmless, so only the extremes count, and slow progress at a good step size asks for less damping. (A damping that
-    simply falls with the loss did worse than a constant one on the heat equation: it falls before it can be afforded.)
-    Between 1e-13 and 1e-4. The whole state is the damping itself. Without a search (a fixed learning rate) α says
-    nothing.
+    harmless. For dampings of which nobody knows whether they suit: on the Poisson and the heat equation (2-64-1, 1020
+    points, medians of six initializations, "-" for more than 80 steps) relative L2 errors are reached in
+
+                                            constant    adaptive
+        Poisson, from 1e-10, 1e-4 | 1e-6    35 | 48     31 | 46
+        heat,    from 1e-10, 1e-3 | 1e-5    40 | 60     38 | 62
+        Poisson, from 1e-5,  1e-4 | 1e-6    32 | -      40 | 46
+        Poisson, from 1e-14, 1e-4 | 1e-6     - | -      34 | 63
+
+    All 24 adaptive runs arrive; without the clause on progress four do not, with `damping / 4` two. The whole state is
+    the damping itself. Without a search (a fixed learning rate) α says nothing.
 
     Args:
         damping: This step's, relative.
         alpha: The step size found; 0.0: none.
         progress: Loss after the step / loss before it.
+        least: The smallest damping; the largest is 1e-4.
     """
-    if alpha <= 1 / 32:
+    if alpha <= 1 / 64:
         damping *= 4
-    elif alpha >= 1 or progress > 0.8:
-        damping /= 2
-    return min(max(damping, LEAST), MOST)
+    elif alpha >= 1 / 8 or progress > 0.8:
+        damping /= 10
+    return min(max(damping, least), MOST)
 
 
 def solve_grad(
@@ -283,8 +292,10 @@ def conjugate_gradients(
     precondition: Callable[[Tensor], Tensor] | None = None,
     tolerance: float = 1e-6,
     max_iterations: int = 100,
+    start: Tensor | None = None,
+    decrease: float = 0.0,
 ) -> Solution:
-    """Solve `A x = b` for a symmetric positive definite A that is known by its products, from x = 0.
+    """Solve `A x = b` for a symmetric positive definite A that is known by its products.
 
     A damping is part of `matvec`. They also stop, with what they have, at a direction of no curvature. On a CPU the
     loop ends there; other devices run all iterations, which change nothing any more, and are not read.
@@ -295,6 +306,9 @@ def conjugate_gradients(
         precondition: Approximately x -> A^-1 x, symmetric positive definite and the same in all iterations; None: x.
         tolerance: Of `|b - A x| / |b|`.
         max_iterations: After them x is what it is.
+        start: A guess x' `(n,)`, of which the best multiple is taken: one product more. None: from x = 0.
+        decrease: They stop as well when over k = max(10, i / 10) iterations the model ½ xᵀ A x - bᵀ x fell by less than
+            k times this, relative to itself: Martens, *Deep learning via Hessian-free optimization* (2010), has 5e-4.
 
     Returns:
         x, its relative residual and the iterations.
@@ -303,11 +317,17 @@ def conjugate_gradients(
     apply = precondition if precondition is not None else torch.clone
     size = torch.linalg.vector_norm(b).clamp_min(tiny)
     x, rest = torch.zeros_like(b), b.clone()
+    if start is not None:
+        As = matvec(start)
+        share = (b @ start) / (start @ As)
+        share = torch.where(torch.isfinite(share), share, 0.0)
+        x, rest = share * start.nan_to_num(), b - share * As.nan_to_num()
     z = apply(rest)
     p, rz = z, rest @ z
     iterations = torch.zeros((), dtype=torch.int64, device=b.device)
     active = torch.linalg.vector_norm(rest) > tolerance * size
-    for _ in range(max_iterations):
+    model = [-0.5 * (x @ (b + rest))]
+    for i in range(1, max_iterations + 1):
         if _readable(active) and not active:
             break
         Ap = matvec(p)
@@ -320,6 +340,11 @@ def conjugate_gradients(
         rz, last = torch.where(active, rest @ z, rz), rz
         p = torch.where(active, z + rz / last * p, p)
         active = active & (torch.linalg.vector_norm(rest) > tolerance * size)
+        if decrease:
+            model.append(-0.5 * (x @ (b + rest)))
+            k = max(10, i // 10)
+            if i >= k:
+                active = active & (model[i - k] - model[i] > -k * decrease * model[i])
     return Solution(x, torch.linalg.vector_norm(rest) / size, iterations)
 
 
