@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 
 from secondorder import taylor
-from secondorder._residual_step import system
 from secondorder.residuals.expand import Memory
 from secondorder.residuals.linearization import linearize
+from secondorder.residuals.system import system
 
 
 class Problem(NamedTuple):

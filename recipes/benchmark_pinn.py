@@ -81,6 +81,8 @@ CASES = {
     "poisson5d_fresh": Case(
         "poisson5d", DEEP, 500, 100, True, {"ENGDW": 70}, {"ENGDW": {1e-2: 20, 1e-3: 60}}, points=5000
     ),
+    "transport": Case("transport", (16, 16), 600, 200, False, {"ENGDW": 60}, points=1000),
+    "burgers_fresh": Case("burgers", (20, 20, 20, 20), 1000, 200, True, {"ENGDW": 150}, points=2000),
     "poisson2d_deep": Case("poisson2d", DEEP, 900, 120, False, {"ResidualKFAC": 150}, {"ResidualKFAC": {1e-2: 140}}),
 }
 

@@ -1,8 +1,8 @@
 """The points of a sweep: all of a grid, or random draws.
 
-    --sweep.optimizer.lr=1e-3,3e-3,1e-2       these values
-    --sweep.optimizer.betas=0.9,0.95;0.9,0.99 values that hold commas themselves are separated by semicolons
-    --sweep.optimizer.lr=1e-4..1e-1           with --random: log-uniform between the ends (whole numbers where both are)
+--sweep.optimizer.lr=1e-3,3e-3,1e-2       these values
+--sweep.optimizer.betas=0.9,0.95;0.9,0.99 values that hold commas themselves are separated by semicolons
+--sweep.optimizer.lr=1e-4..1e-1           with --random: log-uniform between the ends (whole numbers where both are)
 """
 
 from __future__ import annotations

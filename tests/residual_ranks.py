@@ -285,7 +285,7 @@ def only_one_steps(rank, world):
     if rank == 1:
         return None
     net = mlp(2, 6, 4, 1)
-    opt = ENGDW(net.parameters(), damping=1e-4, module=net)
+    opt = ENGDW(net.parameters(), damping=1e-4, damping_kind="relative", module=net)
     x = points(0, 1, 1)
     return told(opt, net, [opt.step(lambda: terms_of(net, *x)) for _ in range(2)])
 

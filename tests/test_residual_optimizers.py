@@ -21,10 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from cases import assert_same_state, flat_state
 from residual_cases import dense, flat, off, small
-from secondorder import _residual_step as step_module
 from secondorder.adamw import AdamW
 from secondorder.engdw import ENGDW
-from secondorder.residuals.solve import adapted
+from secondorder.residuals import system as step_module
 from secondorder.residuals.terms import least_squares, residual_terms, term
 from secondorder.spring import SPRING
 
@@ -294,7 +293,6 @@ def test_a_loss_after_residuals_counts_once():
         ({"damping": -1.0}, ValueError, "damping"),
         ({"damping_kind": "none"}, ValueError, "damping_kind"),
         ({"form": "both"}, ValueError, "form"),
-        ({"damping_kind": "adaptive", "line_search": None}, ValueError, "line search"),
         ({"lr": -1.0}, ValueError, "learning rate"),
         ({"solver": "lu"}, ValueError, "solver"),
         ({"rank": 0}, ValueError, "rank"),
@@ -459,24 +457,6 @@ def test_a_compiled_network_is_called_as_it_was_written(coupled):
         assert len(calls) == 1  # when nobody knew that there would be residuals
     assert off(flat(net.parameters()), flat(twin.parameters())) < 1e-10
     assert opt.diagnostics()["increment_norm"] > 0 and opt.diagnostics()["step_size"] > 0
-
-
-@pytest.mark.parametrize(("given", "dtype", "usual"), [
-    (None, torch.float64, 1e-10), (1e-6, torch.float64, 1e-10), (1e-12, torch.float32, 1e-6)
-])  # fmt: skip
-def test_adaptive_damping_follows_the_search(given, dtype, usual):
-    """Down to a tenth of the default."""
-    net, closure = small(dtype=dtype)
-    opt = ENGDW(net.parameters(), damping=given, damping_kind="adaptive")
-    losses, alphas, dampings = [], [], []
-    for _ in range(12):
-        dampings.append(opt.param_groups[0]["damping"] or usual)
-        losses.append(opt.step(closure))
-        alphas.append(opt.diagnostics()["step_size"])
-    for k in range(11):
-        progress = float(losses[k + 1] / losses[k])
-        assert dampings[k + 1] == adapted(dampings[k], alphas[k], progress, usual / 10)
-    assert len(set(dampings)) > 2
 
 
 def test_a_group_that_joins_takes_part_in_the_clock():

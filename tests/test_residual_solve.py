@@ -218,16 +218,6 @@ def test_dampings():
         so.damping_of("absolut", 1e-3, trace, 8)
 
 
-def test_adaptive_damping():
-    def adapted(damping, alpha, progress):
-        return so.adapted(damping, alpha, progress, least=1e-11)
-
-    assert adapted(1e-8, 0.0, 1.0) == adapted(1e-8, 1 / 64, 0.1) == pytest.approx(4e-8)  # too long
-    assert adapted(1e-8, 1 / 8, 0.1) == adapted(1e-8, 1 / 32, 0.9) == pytest.approx(1e-9)  # trusted; slow
-    assert adapted(1e-8, 1 / 16, 0.5) == 1e-8
-    assert adapted(so.MOST, 0.0, 1.0) == so.MOST and adapted(1e-11, 1.0, 1.0) == adapted(1e-14, 0.0, 1.0) == 1e-11
-
-
 def test_relative_damping_does_not_depend_on_the_units_of_the_residual():
     J, r = jacobian(9, 20), torch.randn(9, dtype=torch.float64)
     steps = []

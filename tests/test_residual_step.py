@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from residual_cases import dense, flat, off, small
-from secondorder._residual_step import system
 from secondorder.residuals import nystrom as ny
 from secondorder.residuals.linearization import linearize
+from secondorder.residuals.system import system
 
 
 @pytest.fixture(scope="module", params=("expand", "matvec"))

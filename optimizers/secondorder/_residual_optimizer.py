@@ -13,6 +13,7 @@ residuals are values of every group, the same in all, so that they are saved wit
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,16 +25,17 @@ from torch import Tensor
 
 from secondorder._optimizer import Group, PreconditionedOptimizer
 from secondorder._options import BLOCKS, COMMON, CommonOptions, Option, is_count, is_number, one_of, optional
-from secondorder._residual_step import FORMS, SEARCHES, SOLVERS, Evaluation, Path, Replay, System, norm, system
+from secondorder._residual_step import SEARCHES, Attempt, Evaluation, Path, Replay, norm
 from secondorder._roles import unwrapped
 from secondorder.layout.blocks import Treatment, elementwise_blocks
 from secondorder.layout.faces import Layout
 from secondorder.layout.plan import Flags
 from secondorder.preconditioner.elementwise import AdamWMethod
 from secondorder.preconditioner.protocol import Method, Modes, Spec
-from secondorder.residuals.line_search import Found
+from secondorder.residuals.ladder import MOST, larger_wins, rung
 from secondorder.residuals.linearization import Linearization
-from secondorder.residuals.solve import DAMPING_KINDS, adapted
+from secondorder.residuals.solve import DAMPING_KINDS
+from secondorder.residuals.system import FORMS, SOLVERS, System, system
 from secondorder.residuals.terms import Terms, residual_terms
 from secondorder.sharding.samples import Learned, linearized
 
@@ -89,6 +91,10 @@ SYSTEM: dict[str, Option] = {
 
 PROGRESS: dict[str, Option] = {  # no arguments: what the last step leaves to the next
     "step_size": Option(0.0, "a number >= 0", lambda v: is_number(v) and v >= 0, ""),
+    # Pairs of an adaptive damping's level and α. No dict: torch's checkpoints take one apart, and an empty one is gone.
+    "step_sizes": Option((), "a tuple", lambda v: isinstance(v, tuple), ""),
+    "level": Option(0, "an int", lambda v: is_number(v), ""),
+    "trend": Option(1, "1 or -1", lambda v: v in (1, -1), ""),  # which of its neighbours is next to compete
     "residual_steps": Option(0, "a number >= 0", lambda v: is_number(v) and v >= 0, ""),
     "effective_dimension": Option(None, "None or a number >= 0", optional(lambda v: is_number(v) and v >= 0), ""),
 }
@@ -136,8 +142,6 @@ class ResidualOptimizer(PreconditionedOptimizer):
     _report: Mapping[str, Any] | None = None
 
     def __init__(self, params: Any, own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        if own.get("damping_kind") == "adaptive" and own["line_search"] is None:
-            raise ValueError("damping_kind must not be 'adaptive' without a line search, got line_search=None")
         if own.get("solver", "cholesky") != "cholesky" and own["form"] != "auto":
             raise ValueError(f"form must be 'auto' with solver={own['solver']!r}, got {own['form']!r}")
         super().__init__(params, {**own, **{name: option.default for name, option in PROGRESS.items()}}, options)
@@ -146,9 +150,9 @@ class ResidualOptimizer(PreconditionedOptimizer):
 
     def _system(self, linear: Linearization, params: Sequence[Tensor], hp: Group) -> System:
         """What is solved with J: by default the damped system of all parameters."""
-        how = (hp["damping_kind"], hp["form"], hp["solver"], hp["rank"])
+        how = (self._damping(params, hp["level"]), hp["damping_kind"], hp["form"], hp["solver"], hp["rank"])
         seed = hp["residual_steps"] + 1
-        return system(linear, params, self._damping(params), *how, dimension=hp["effective_dimension"], step=seed)
+        return system(linear, params, *how, dimension=hp["effective_dimension"], step=seed)
 
     def _increment(self, linear: Linearization, system: System, step: int) -> Sequence[Tensor]:
         """δ, one tensor a parameter; `step` counts steps by residuals, from 1."""
@@ -161,13 +165,14 @@ class ResidualOptimizer(PreconditionedOptimizer):
     def _keep(self, increment: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         """The step takes place: keep of δ what the next one needs."""
 
-    def _damping(self, params: Sequence[Tensor]) -> float:
-        """The factor of λ."""
-        damping = self.param_groups[0]["damping"]
-        return self._default_damping(params) if damping is None else float(damping)
-
-    def _default_damping(self, params: Sequence[Tensor]) -> float:
-        return self.exact_damping if all(p.dtype == torch.float64 for p in params) else ROUNDED
+    def _damping(self, params: Sequence[Tensor], level: int) -> float:
+        """The factor of λ; of an adaptive one, that of a level."""
+        hp, exact = self.param_groups[0], all(p.dtype == torch.float64 for p in params)
+        usual = self.exact_damping if exact else ROUNDED
+        if hp.get("damping_kind") != "adaptive":
+            return usual if hp["damping"] is None else float(hp["damping"])
+        start = math.sqrt(usual * MOST) if hp["damping"] is None else float(hp["damping"])
+        return rung(start, level, usual / 10)
 
     # ------------------------------------------------------------------ groups
 
@@ -323,43 +328,83 @@ class ResidualOptimizer(PreconditionedOptimizer):
         if lr == 0:
             return
         step = hp["residual_steps"] + 1
-        solved = self._system(found.linear, params, hp)
-        increment = self._increment(found.linear, solved, step)
-        length = norm(increment)
-        if not bool(solved.ok & torch.isfinite(length)):
+        shares = [rate / lr for rate in rates]  # groups of smaller lr go a part of the way, in a search too
+        attempt = partial(self._attempt, found, params, shares=shares, lr=lr, step=step)
+        progress: dict[str, Any] = {}
+        taken = attempt(self._system(found.linear, params, hp), hp["level"])
+        if hp.get("damping_kind") == "adaptive" and hp["line_search"] is not None:
+            taken, progress = self._compete(found, taken, attempt, params)
+        if not taken.possible:
             self._fail(layout, flags)
             return
         before = self._watch.before(params, step)
-        shares = [rate / lr for rate in rates]  # groups of smaller lr go a part of the way, in a search too
-        path = Path(params, [p if share == 1 else p.mul(share) for p, share in zip(increment, shares, strict=True)])
-        report: dict[str, Any] = {"loss": found.loss, "damping": solved.damping, "increment_norm": length}
-        if (search := hp["line_search"]) is None:
-            factor: float | Tensor = self._factor(lr, length, step)
-        else:
-            if search == "geodesic":
-                path.bend(found, solved, hp["step_size"], shares)
-            best, factor = path.search(found, search, hp["step_size"], lr)
-            self._learn(best, found.loss, params)
-            report["evaluations"] = best.evaluations + (search == "geodesic")
-        path.place(factor, [1 - rate * g["weight_decay"] for rate, g in zip(rates, groups, strict=True)])
+        taken.path.place(taken.factor, [1 - rate * g["weight_decay"] for rate, g in zip(rates, groups, strict=True)])
         torch.autograd.graph.increment_version(params)
-        self._keep(increment, params)
-        self._put(residual_steps=step)
+        self._keep(taken.increment, params)
+        self._put(residual_steps=step, **progress)
+        if taken.found is not None:
+            alpha = taken.found.alpha
+            self._put(step_sizes=_with(hp["step_sizes"], hp["level"], alpha), step_size=alpha)
+        report: dict[str, Any] = {"loss": found.loss, "damping": taken.system.damping, "increment_norm": taken.length}
         if before is not None or (hp.get("solver") == "nystrom" and hp["rank"] is None):
-            dimension = solved.effective_dimension()
+            dimension = taken.system.effective_dimension()
             if dimension is not None:
                 self._put(effective_dimension=float(dimension))
                 report["effective_dimension"] = dimension
         if self._watch.every:
             self._watch.after(layout, flags, self.param_groups, before, self._unclipped, self._spectrum)
-        self._report = {**report, "step_size": factor}
+        if taken.found is not None:
+            report["evaluations"] = taken.evaluations
+        self._report = {**report, "step_size": taken.factor}
 
-    def _learn(self, best: Found, loss: Tensor, params: Sequence[Tensor]) -> None:
-        """What the next step takes from this one's search."""
-        self._put(step_size=best.alpha)
-        if self.param_groups[0]["damping_kind"] == "adaptive":
-            least = self._default_damping(params) / 10
-            self._put(damping=adapted(self._damping(params), best.alpha, float(best.loss / loss), least))
+    def _attempt(
+        self,
+        found: Evaluation,
+        params: Sequence[Tensor],
+        solved: System,
+        level: int,
+        *,
+        shares: Sequence[float],
+        lr: float,
+        step: int,
+    ) -> Attempt:
+        """What becomes of a step with this system; the parameters are where they were."""
+        hp = self.param_groups[0]
+        increment = self._increment(found.linear, solved, step)
+        length = norm(increment)
+        path = Path(params, [p if share == 1 else p.mul(share) for p, share in zip(increment, shares, strict=True)])
+        search = hp["line_search"]
+        possible = bool(solved.ok & torch.isfinite(length))
+        if search is None or not possible:
+            factor = self._factor(lr, length, step) if search is None else 0.0
+            return Attempt(solved, increment, length, possible, path, factor, None, 0)
+        last = dict(hp["step_sizes"]).get(level, hp["step_size"])
+        if search == "geodesic":
+            path.bend(found, solved, last, shares)
+        best, factor = path.search(found, search, last, lr)
+        evaluations = best.evaluations + (search == "geodesic")
+        return Attempt(solved, increment, length, True, path, factor, best, evaluations)
+
+    def _compete(
+        self, found: Evaluation, first: Attempt, attempt: Callable[[System, int], Attempt], params: Sequence[Tensor]
+    ) -> tuple[Attempt, dict[str, Any]]:
+        """The better step of the last winner's damping and of one beside it, and what the next step must know."""
+        hp = self.param_groups[0]
+        level, trend = hp["level"] + hp["trend"], hp["trend"]
+        damping = self._damping(params, level)
+        if damping == self._damping(params, hp["level"]) or first.system.again is None:
+            return first, {"trend": -trend}
+        second = attempt(first.system.again(damping), level)
+        smaller, larger = (first, second) if trend > 0 else (second, first)
+        won = first if first.possible else second
+        if smaller.found is not None and larger.found is not None:
+            losses = (float(found.loss), float(smaller.found.loss), float(larger.found.loss))
+            won = larger if larger_wins(*losses) else smaller
+        progress: dict[str, Any] = {"level": level} if won is second else {"trend": -trend}
+        lost, at = (first, hp["level"]) if won is second else (second, level)
+        if lost.found is not None:
+            progress["step_sizes"] = _with(hp["step_sizes"], at, lost.found.alpha)
+        return replace(won, evaluations=first.evaluations + second.evaluations), progress
 
     # ------------------------------------------------------------------ what is said
 
@@ -394,6 +439,11 @@ class ResidualOptimizer(PreconditionedOptimizer):
             full: Look at eigenvalues too; there are none.
         """
         return {**super().diagnostics(full), **{name: float(value) for name, value in (self._report or {}).items()}}
+
+
+def _with(pairs: tuple[tuple[int, float], ...], level: int, alpha: float) -> tuple[tuple[int, float], ...]:
+    """Pairs by level, one of them new."""
+    return tuple(sorted({**dict(pairs), level: alpha}.items()))
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from typing_extensions import Unpack
 
 from secondorder._optimizer import Group
 from secondorder._residual_optimizer import Remembering, ResidualOptimizer, ResidualOptions
-from secondorder._residual_step import System
 from secondorder.preconditioner.protocol import Method
 from secondorder.residuals.linearization import Linearization
+from secondorder.residuals.system import System
 
 
 class ENGDW(ResidualOptimizer):
@@ -55,12 +55,12 @@ class ENGDW(ResidualOptimizer):
         line_search: "geodesic": halve or double the last step's α while the loss falls along the parabola, about four
             evaluations; "bracket": the same with a = 0; "grid": a = 0 and the best of 2^-30, …, 1; None: a = 0, α = 1.
             Default: "geodesic".
-        damping: λ, or what it is made of. None: 1e-10 where all parameters are float64, else 1e-6, below which the
-            rounding of float32 products decides the direction. Default: None.
-        damping_kind: "absolute": λ = damping; "relative": λ = damping · tr(J Jᵀ) / N; "adaptive" (with a search): the
-            same, and the search moves damping, from a tenth of its default to 1e-4. That is no faster where the default
-            suits, but forgives one that does not: Poisson, 1e-6, from 1e-14 in 63 steps and from 1e-5 in 46, where a
-            constant one is not there after 80 (see `residuals.solve.adapted`). Default: "relative".
+        damping: λ, or what it is made of; of an adaptive one the first. None: relative 1e-10 where all parameters are
+            float64, else 1e-6, below which the rounding of float32 products decides the direction; adaptive 1e-6 or
+            1e-4. Default: None.
+        damping_kind: "absolute": λ = damping; "relative": λ = damping · tr(J Jᵀ) / N; "adaptive": the same, and where
+            there is a search two dampings compete in every step, see `residuals.ladder`: one more decomposition and
+            search, and the damping goes where it has to, between 1e-11 (float32: 1e-7) and 1e-2. Default: "adaptive".
         form: "primal": JᵀJ (D, D); "dual": J Jᵀ (N, N); "auto": the smaller one; "layerwise": JᵀJ without what
             couples different layers. Default: "auto".
         solver: "cholesky": exact; "nystrom": with a sketch of J Jᵀ, which is then not formed; "cg": conjugate gradients
@@ -85,7 +85,7 @@ class ENGDW(ResidualOptimizer):
         *,
         line_search: Literal["geodesic", "bracket", "grid"] | None = "geodesic",
         damping: float | None = None,
-        damping_kind: Literal["absolute", "relative", "adaptive"] = "relative",
+        damping_kind: Literal["absolute", "relative", "adaptive"] = "adaptive",
         form: Literal["auto", "primal", "dual", "layerwise"] = "auto",
         solver: Literal["cholesky", "nystrom", "cg"] = "cholesky",
         rank: int | None = None,

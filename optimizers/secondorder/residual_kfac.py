@@ -14,13 +14,13 @@ from typing_extensions import Unpack
 from secondorder._options import Option, is_beta, is_count, is_number, one_of, optional
 from secondorder._reports import Coverage, MemoryReport
 from secondorder._residual_optimizer import ResidualOptimizer, ResidualOptions
-from secondorder._residual_step import System
 from secondorder.preconditioner.layer_curvature import FACTORS, KEPT, Inverse, agreed, averaged, observed
 from secondorder.residuals.columns import by_columns
 from secondorder.residuals.factored import Factored
 from secondorder.residuals.layers import Layer, LayerCapture
 from secondorder.residuals.linearization import Linearization
 from secondorder.residuals.quadratic import best_combination, combined
+from secondorder.residuals.system import System
 from secondorder.sharding.jacobian import Gathered
 
 # Not ENGDW's "geodesic": for the curvature of r along a step this inverse is too rough (no progress where measured).

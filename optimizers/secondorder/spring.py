@@ -12,10 +12,11 @@ from typing_extensions import Unpack
 
 from secondorder._options import Option, is_beta, is_bool, is_positive, one_of, optional
 from secondorder._residual_optimizer import RESIDUAL, SYSTEM, ResidualOptimizer, ResidualOptions
-from secondorder._residual_step import System, norm
+from secondorder._residual_step import norm
 from secondorder.linalg import wide
 from secondorder.residuals.linearization import Linearization
 from secondorder.residuals.solve import bias_correction, capped, spring
+from secondorder.residuals.system import System
 
 MOST = 0.999  # of an adaptive μ
 
@@ -53,8 +54,8 @@ class SPRING(ResidualOptimizer):
         lr: Step size; with a line search it multiplies what that finds. A number or a 1-element tensor. Default: 0.1.
         line_search: None, or as of `ENGDW`: then nothing is capped. Default: None.
         damping: λ, or what it is made of. None: 1e-8 where all parameters are float64, else 1e-6. Default: None.
-        damping_kind: "absolute": λ = damping; "relative": λ = damping · tr(J Jᵀ) / N; "adaptive" (with a search): the
-            same, and the search moves damping, as of `ENGDW`. Default: "relative".
+        damping_kind: "absolute": λ = damping; "relative": λ = damping · tr(J Jᵀ) / N; "adaptive": the same, and with a
+            search two dampings compete in every step, as of `ENGDW`. Default: "relative".
         momentum: μ, in [0, 1), or "adaptive". Default: "adaptive".
         norm_constraint: Greatest squared length of a step, before its bias correction; None: no limit. Default: 1e-3.
         norm_constraint_kind: "absolute", or "relative": in units of |p|², all parameters together. Default: "relative".

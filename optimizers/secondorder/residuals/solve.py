@@ -26,7 +26,6 @@ from torch import Tensor
 from secondorder import linalg
 
 DAMPING_KINDS = ("absolute", "relative", "adaptive")
-MOST = 1e-4  # of an adaptive damping, in units of the kernel's mean diagonal
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def damping_of(kind: str, damping: float, trace: Tensor, n: int) -> Tensor:
         relative, adaptive:  λ = damping · tr(K) / N
 
     The trace of the kernel grows by factors of 70 to 10⁴ while a PINN trains, so an absolute damping that suits the
-    first steps is none in the last. An adaptive damping is a relative one that `adapted` moves after every step.
+    first steps is none in the last. An adaptive damping is a relative one of a ladder (`residuals.ladder`).
 
     Args:
         kind: "absolute", "relative" or "adaptive".
@@ -150,39 +149,6 @@ def damping_of(kind: str, damping: float, trace: Tensor, n: int) -> Tensor:
         raise ValueError(f"damping kind must be one of {', '.join(DAMPING_KINDS)}, got {kind!r}")
     trace = linalg.wide(trace)
     return torch.full_like(trace, damping) if kind == "absolute" else damping / n * trace
-
-
-def adapted(damping: float, alpha: float, progress: float, least: float) -> float:
-    """The next step's damping of the kind "adaptive", by what a search along this step's direction found.
-
-        α <= 1/64:                         4 · damping     the direction was far too long for its linear model
-        else α >= 1/8, or progress > 0.8:  damping / 10    it can be trusted; or little is left to gain at this damping
-        else:                              damping
-
-    Levenberg-Marquardt's idea with the step size in the place of the gain ratio: a search makes small dampings
-    harmless. For dampings of which nobody knows whether they suit: on the Poisson and the heat equation (2-64-1, 1020
-    points, medians of six initializations, "-" for more than 80 steps) relative L2 errors are reached in
-
-                                            constant    adaptive
-        Poisson, from 1e-10, 1e-4 | 1e-6    35 | 48     31 | 46
-        heat,    from 1e-10, 1e-3 | 1e-5    40 | 60     38 | 62
-        Poisson, from 1e-5,  1e-4 | 1e-6    32 | -      40 | 46
-        Poisson, from 1e-14, 1e-4 | 1e-6     - | -      34 | 63
-
-    All 24 adaptive runs arrive; without the clause on progress four do not, with `damping / 4` two. The whole state is
-    the damping itself. Without a search (a fixed learning rate) α says nothing.
-
-    Args:
-        damping: This step's, relative.
-        alpha: The step size found; 0.0: none.
-        progress: Loss after the step / loss before it.
-        least: The smallest damping; the largest is 1e-4.
-    """
-    if alpha <= 1 / 64:
-        damping *= 4
-    elif alpha >= 1 / 8 or progress > 0.8:
-        damping /= 10
-    return min(max(damping, least), MOST)
 
 
 def solve_grad(

@@ -1,0 +1,44 @@
+"""Adaptive damping: two dampings compete in every step for the loss that their searches find.
+
+    c, 10 c or c / 10        the last winner and one of its neighbours: above, until that loses, then below, and so on
+
+The larger one wins only by more than a factor in the logarithm of the loss, up to `ADVANTAGE`: a step that is damped
+more finds less loss where the problem is still curved, and then goes on slowly, in the few directions that are left to
+it. Where the smaller damping achieves next to nothing, the better one wins.
+
+Levenberg's and Marquardt's idea with a search in the place of the gain ratio, and with one more decomposition a step
+in the place of a model; the matrix that is decomposed is the dearer part, and is there. Nielsen's and others' rules,
+which move the damping after a step by what became of it, were tried: on these problems none was better than a constant.
+"""
+
+from __future__ import annotations
+
+import math
+
+STEP = 10.0  # between neighbours
+MOST = 1e-2  # largest damping, relative to the mean eigenvalue of the kernel
+ADVANTAGE = 3.0  # by what the logarithm of the loss must fall more
+SLOW = 0.1  # a fall of that logarithm below which less advantage is needed
+
+
+def rung(start: float, level: int, least: float) -> float:
+    """The damping of a level: `start · 10^level`, between the smallest one and `MOST`."""
+    return min(max(start * STEP**level, least), MOST)
+
+
+def larger_wins(before: float, smaller: float, larger: float) -> bool:
+    """Which of two dampings is better by the losses that their steps reach.
+
+    Args:
+        before: The loss before the step.
+        smaller: With the smaller damping.
+        larger: With the larger one.
+    """
+    fall, falls = (_fall(before, after) for after in (smaller, larger))
+    return falls > (1 + (ADVANTAGE - 1) * min(1.0, fall / SLOW)) * fall
+
+
+def _fall(before: float, after: float) -> float:
+    if not after < before:
+        return 0.0
+    return math.log(before / after) if after > 0 else math.inf
