@@ -153,7 +153,7 @@ def test_steps_smoke_steps_with_kernels_and_prints_no_time(monkeypatch, capsys):
     assert not any(key.endswith("_ms") for row in rows for key in row)
     printed = capsys.readouterr().out
     assert not re.search(r"\d\.\d+ \| (products|bytes)", printed)
-    assert [line[0] for line in rows_of(printed)] == ["parameters", "toy", "training step", "toy", "toy"]
+    assert [line[0] for line in rows_of(printed)] == ["training step", "toy", "toy", "parameters", "toy"]
 
 
 @HERE
