@@ -169,10 +169,12 @@ class ResidualOptimizer(PreconditionedOptimizer):
         """The factor of λ; of an adaptive one, that of a level."""
         hp, exact = self.param_groups[0], all(p.dtype == torch.float64 for p in params)
         usual = self.exact_damping if exact else ROUNDED
-        if hp.get("damping_kind") != "adaptive":
-            return usual if hp["damping"] is None else float(hp["damping"])
-        start = math.sqrt(usual * MOST) if hp["damping"] is None else float(hp["damping"])
-        return rung(start, level, usual / 10)
+        adaptive = hp.get("damping_kind") == "adaptive"
+        if hp["damping"] is not None:
+            damping = float(hp["damping"])
+        else:
+            damping = math.sqrt(usual * MOST) if adaptive else usual
+        return rung(damping, level, usual / 10) if adaptive and hp["line_search"] is not None else damping
 
     # ------------------------------------------------------------------ groups
 

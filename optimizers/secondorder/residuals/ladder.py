@@ -22,8 +22,12 @@ SLOW = 0.1  # a fall of that logarithm below which less advantage is needed
 
 
 def rung(start: float, level: int, least: float) -> float:
-    """The damping of a level: `start · 10^level`, between the smallest one and `MOST`."""
-    return min(max(start * STEP**level, least), MOST)
+    """The damping of a level: `start · 10^level`, both between the smallest one and `MOST`."""
+
+    def within(damping: float) -> float:
+        return min(max(damping, least), MOST)
+
+    return within(within(start) * STEP**level)
 
 
 def larger_wins(before: float, smaller: float, larger: float) -> bool:
