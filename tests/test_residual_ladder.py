@@ -89,12 +89,14 @@ def test_evaluations_of_both_are_counted_and_the_first_damping_is_the_users():
 
 @pytest.mark.parametrize("wrong", [1e-14, 1e-2])
 def test_it_goes_where_it_has_to(wrong):
-    net, closure = small(3)
-    opt = ENGDW(net.parameters(), damping=wrong)
-    losses = [float(opt.step(closure)) for _ in range(25)]
-    net, closure = small(3)
-    constant = ENGDW(net.parameters(), damping=wrong, damping_kind="relative")
-    assert losses[-1] < 0.1 * min(losses[0], *(float(constant.step(closure)) for _ in range(25))) or losses[-1] < 1e-12
+    """Runs are chaotic: four of six have to arrive. With a constant 1e-14 three do."""
+    arrived = 0
+    for seed in range(6):
+        net, closure = small(seed)
+        opt = ENGDW(net.parameters(), damping=wrong)
+        losses = [float(opt.step(closure)) for _ in range(30)]
+        arrived += losses[-1] < 1e-4
+    assert arrived >= 4
 
 
 def test_one_of_both_that_cannot_be_solved_is_left_out(monkeypatch):
