@@ -43,9 +43,9 @@ class ENGDW(ResidualOptimizer):
     Levenberg-Marquardt algorithm for nonlinear least-squares minimization* (2012, arXiv:1201.5885). Deviations: in the
     papers on natural gradients a = 0, λ is absolute, and α the best of 31 (`line_search="grid"`).
 
-    On their Poisson problem (2-64-1, 900 + 120 points) the defaults reach a relative L2 error of 1e-4 in 30 steps and
-    1e-6 in 53: medians of four initializations, which take 22 to 43 and 34 to 63. With `line_search="bracket"` it is
-    1e-4 in 36, and 1e-6 in 104 steps from one of them, in 120 not from the others.
+    On their Poisson problem (2-64-1, 900 + 120 points) the defaults reach a relative L2 error of 1e-4 in 24 steps and
+    1e-6 in 26: medians of four initializations; of four others 26 and 56. With `damping_kind="relative"` it is 30 and
+    53, with `line_search="bracket"` 24.5 and, from two of the four, 28 (`recipes/benchmark_pinn.py`).
 
     Args:
         params: Parameters, dicts of parameter groups, or `(name, parameter)` pairs. All groups share one system: they
