@@ -162,7 +162,11 @@ def check_closures(config: Config, task: Any, world: World) -> None:
                 )
         return
     if world.size > 1:
-        raise RecipeError(f"task={config.task} has residuals, which one process trains on, got {world.size} processes")
+        if config.parallel != "ddp":
+            raise RecipeError(f"parallel must be ddp for task={config.task}, by residuals, got {config.parallel}")
+        for spec in config.optimizers:
+            if spec.class_name in optimizer.NEED_CLOSURE:
+                raise RecipeError(f"optimizer {spec.name} sees one process's loss alone, got {world.size} processes")
     for name, value, wanted in (
         ("accumulation", config.train.accumulation, 1),
         ("microbatches", max(config.train.microbatches, 1), 1),
@@ -183,7 +187,8 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
     torch.manual_seed(config.seed)  # the same weights for every optimizer
     model = task.build_model().to(world.device)
     wrapped = world.wrap(model, config.parallel, config.replicas)
-    opt = optimizer.build(spec, model, shared=world.size > 1 and config.parallel == "ddp")
+    closure = hasattr(task, "residuals")  # steps by residuals need every parameter in every process
+    opt = optimizer.build(spec, model, shared=world.size > 1 and config.parallel == "ddp" and not closure)
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, schedule.factor(schedule.of(opt, config.schedule), steps))
     watch = Stopwatch(world.device)
     start = restore(folder, model, opt, scheduler, watch, world)
@@ -214,12 +219,12 @@ def train(config: Config, spec: Spec, task: Any, world: World, folder: Path, lab
     for step in range(start, steps):
         vote = world.vote()
         watch.mark("")
-        batches = microbatches(task, step, config, world)
+        batches = [points(task, step, config, world)] if closure else microbatches(task, step, config, world)
         watch.mark("data")
         lr = float(opt.param_groups[0]["lr"])
         parts: dict[str, Tensor] = {}
-        if hasattr(task, "residuals"):
-            loss, parts = closures.step(opt, residuals(model, task, step, batches[0], config))
+        if closure:
+            loss, parts = closures.step(opt, residuals(wrapped, task, step, batches[0], config))
             norm = clip_gradient(model, 0.0)
         else:
             loss = forward_backward(wrapped, task, step, batches, config, world)
@@ -274,6 +279,12 @@ def microbatches(task: Any, step: int, config: Config, world: World) -> list[tup
     parts, count = share(config.train, world)
     first = world.rank * parts * count
     return [move(task.batch(step, first + part * count, count), world.device) for part in range(parts)]
+
+
+def points(task: Any, step: int, config: Config, world: World) -> tuple[Tensor, ...]:
+    """This process's points of a step: every W-th of each residual."""
+    batch = task.batch(step, 0, config.train.batch_size)
+    return move(tuple(tensor[world.rank :: world.size] for tensor in batch), world.device)
 
 
 def move(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:

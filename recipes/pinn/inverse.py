@@ -45,11 +45,11 @@ class Transport(Problem):
         return {"x": self.inside(interior, generator), "where": where, "u": self.solution(where) + NOISE * noise}
 
     def residuals(self, u: Any, points: Points, operators: Any) -> Residuals:
-        x = points["x"]
+        x, sought = points["x"], getattr(u, "module", u)  # behind a wrapper of DDP
         weights = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
         _, first, second = operators.value_gradient_laplacian(u, x, weights)
         return {
-            "pde": first[:, 0] + u.velocity * first[:, 1] - u.diffusivity * second,
+            "pde": first[:, 0] + sought.velocity * first[:, 1] - sought.diffusivity * second,
             "measurements": u(points["where"]) - points["u"],
         }
 

@@ -17,8 +17,9 @@ with what the training loop asks for:
 and may define more:
 
     .residuals(model, batch) -> dict      in the place of `loss`: residuals by name, the samples in their first axis;
-                                          the loop gives optimizers a closure that returns them. For one process, one
-                                          micro-batch, and without clipping
+                                          the loop gives optimizers a closure that returns them. A batch has all points
+                                          of the step then, of which each process takes its part;
+                                          one micro-batch, no clipping
     .summarise(means) -> dict             what validation reports, of the means over all samples (roots, ratios)
     .measured                             what `loss` of `measure` is, if it is no loss; of the class
     .draw(model, title, folder) -> str    a picture of the trained model; says where it is

@@ -72,7 +72,7 @@ class Task:
 
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
         """All points of the step, `count` of them inside of the domain."""
-        del first  # 0: one process has them all
+        del first  # 0: the loop divides the points among processes
         return tuple(self._points(count, step).values())
 
     def validation(self, first: int, count: int, total: int) -> tuple[Tensor, Tensor]:

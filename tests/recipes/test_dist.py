@@ -1,12 +1,15 @@
 """Several processes started by torchrun."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.dist
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -50,3 +53,22 @@ def test_rank_0_explains_before_torchrun_reports(torchrun):
     first = next(line for line in lines if "rror" in line)
     assert first == "error: train.batch_size=3 is not divisible by 2 processes x 1 accumulation steps"
     assert done.stderr.count("error: train.batch_size") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["poisson2d", "transport"])
+def test_two_processes_solve_what_one_solves(subprocess_env, script, tmp_path, problem):
+    """By residuals, each of its own points: the same losses but for rounding, which small dampings amplify."""
+    settings = ["--config", str(ROOT / "configs" / f"pinn_{problem}.yaml"), "--compare=soap", "--train.steps=4"]
+    settings += ["--model.widths=8", "--train.batch_size=40", "--data.boundary=12", "--log.wandb=disabled"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = []
+    for name, start in (("one", []), ("two", launch)):
+        command = [sys.executable, *start, script, *settings, "--folder", str(tmp_path / name)]
+        done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        files = [(tmp_path / name / optimizer / "metrics.jsonl").read_text() for optimizer in ("engdw", "soap")]
+        records = [json.loads(line) for text in files for line in text.splitlines()]
+        found.append([record["train/loss"] for record in records if "train/loss" in record])
+    assert len(found[0]) == len(found[1]) == 8
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
