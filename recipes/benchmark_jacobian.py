@@ -8,7 +8,8 @@ and `jacfwd`. The closure is textbook nested autograd. All kernels are compared 
 multiplications, half of them by symmetry, at the speed of a matrix product of that size: what K costs if J is formed.
 
 `--large` measures the memory instead, in processes of its own: 5-256-256-128-128-1, N = 3500, D = 117k; how far the
-resident set rises over that before the first evaluation, for a gradient and for a step's kernel and both solutions of an adaptive damping.
+resident set rises over that before the first evaluation, for a gradient, and for a step's kernel and its solutions for
+the two dampings that compete.
 """
 
 from __future__ import annotations

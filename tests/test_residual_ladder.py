@@ -31,7 +31,8 @@ def test_where_the_smaller_does_nothing_the_better_wins():
 def test_rungs():
     assert rung(1e-6, 0, 1e-11) == 1e-6 and rung(1e-6, 2, 1e-11) == pytest.approx(1e-4)
     assert rung(1e-6, -9, 1e-11) == 1e-11 and rung(1e-6, 9, 1e-11) == MOST
-    assert rung(1e-14, 1, 1e-11) == pytest.approx(1e-10) and rung(1.0, -1, 1e-11) == pytest.approx(MOST / 10)
+    assert rung(1e-14, 1, 1e-11) == pytest.approx(1e-10) and rung(0.0, -1, 1e-11) == 1e-11
+    assert rung(1.0, -1, 1e-11) == pytest.approx(0.1) and rung(1.0, 1, 1e-11) == rung(1.0, 0, 1e-11) == 1.0
 
 
 @pytest.mark.parametrize("form", ["primal", "dual", "layerwise"])

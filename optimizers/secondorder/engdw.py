@@ -60,7 +60,8 @@ class ENGDW(ResidualOptimizer):
             1e-4. Default: None.
         damping_kind: "absolute": λ = damping; "relative": λ = damping · tr(J Jᵀ) / N; "adaptive": the same, and where
             there is a search two dampings compete in every step, see `residuals.ladder`: one more decomposition and
-            search, and the damping goes where it has to, between 1e-11 (float32: 1e-7) and 1e-2. Default: "adaptive".
+            search, and the damping goes where it has to, between 1e-11 (float32: 1e-7) and 1e-2, or a first above that.
+            Default: "adaptive".
         form: "primal": JᵀJ (D, D); "dual": J Jᵀ (N, N); "auto": the smaller one; "layerwise": JᵀJ without what
             couples different layers. Default: "auto".
         solver: "cholesky": exact; "nystrom": with a sketch of J Jᵀ, which is then not formed; "cg": conjugate gradients

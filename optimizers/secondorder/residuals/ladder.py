@@ -26,18 +26,18 @@ from __future__ import annotations
 import math
 
 STEP = 10.0  # between neighbours
-MOST = 1e-2  # largest damping, relative to the mean eigenvalue of the kernel
+MOST = 1e-2  # largest damping that is not the user's, relative to the mean eigenvalue of the kernel
 ADVANTAGE = 3.0  # by what the logarithm of the loss must fall more
 SLOW = 0.1  # a fall of that logarithm below which less advantage is needed
 
 
 def rung(start: float, level: int, least: float) -> float:
-    """The damping of a level: `start · 10^level`, both between the smallest one and `MOST`."""
+    """The damping of a level: `start · 10^level`, between the smallest one and `MOST`, or a start above it.
 
-    def within(damping: float) -> float:
-        return min(max(damping, least), MOST)
-
-    return within(within(start) * STEP**level)
+    A start below the smallest one is that.
+    """
+    start = max(start, least)
+    return min(max(start * STEP**level, least), max(MOST, start))
 
 
 def larger_wins(before: float, smaller: float, larger: float) -> bool:
