@@ -475,3 +475,25 @@ def test_autograd_notices_the_step():
     ENGDW(net.parameters()).step(closure)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_how_rows_are_had_is_told():
+    net, closure = small()
+    opt = ENGDW(net.parameters())
+    assert all("J by" not in row.reason for row in opt.coverage())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(closure)
+    assert all(row.reason.endswith("; J by 'expand'") for row in opt.coverage())
+
+    def coupled():
+        found = closure()
+        return {**found, "interior": found["interior"] - found["interior"].square().mean()}
+
+    opt = ENGDW(net.parameters())
+    with pytest.warns(UserWarning, match="pass of autograd: rows do not give"):
+        opt.step(coupled)
+    assert all(row.reason.endswith("; J by 'matvec'") for row in opt.coverage())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(coupled)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from secondorder._optimizer import Group, PreconditionedOptimizer
 from secondorder._options import BLOCKS, COMMON, CommonOptions, Option, is_count, is_number, one_of, optional
+from secondorder._reports import Coverage
 from secondorder._residual_step import SEARCHES, Attempt, Evaluation, Path, Replay, norm
 from secondorder._roles import unwrapped
 from secondorder.layout.blocks import Treatment, elementwise_blocks
@@ -140,6 +141,7 @@ class ResidualOptimizer(PreconditionedOptimizer):
     _learned: tuple[Any, Learned] | None = None  # about the closure, and about which parameters and modules
     _evaluation: Evaluation | None = None  # of the step that is being taken
     _report: Mapping[str, Any] | None = None
+    _backend: str | None = None  # how J was computed in the last step by residuals
 
     def __init__(self, params: Any, own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         if own.get("solver", "cholesky") != "cholesky" and own["form"] != "auto":
@@ -272,6 +274,10 @@ class ResidualOptimizer(PreconditionedOptimizer):
 
         group = self._sharing.process_group or self._replicas()
         terms, linear, replay.group = linearized(evaluate, params, self._memory(params), group)
+        self._backend = linear.backend
+        if linear.backend == "matvec":
+            what = "no rows of J can be had from this closure, so that every product with it takes a pass of autograd"
+            self._say(self._layout, "matvec", f"{what}: {linear.reason}")
         (found,) = last
         self._evaluation = Evaluation(replay, linear, terms.loss().detach())
         return found
@@ -409,6 +415,16 @@ class ResidualOptimizer(PreconditionedOptimizer):
         return replace(won, evaluations=first.evaluations + second.evaluations), progress
 
     # ------------------------------------------------------------------ what is said
+
+    def coverage(self) -> Coverage:
+        """How every parameter is trained and, after the first step by residuals, how J is computed.
+
+        By "expand": all rows at once, by copies of parameters. By "matvec": products by autograd.
+        """
+        rows = super().coverage()
+        if self._backend is None:
+            return rows
+        return Coverage([replace(row, reason=f"{row.reason}; J by {self._backend!r}") for row in rows])
 
     def _after_step(self, layout: Layout) -> None:
         what = "the closure returns a loss, or there is none: AdamW takes the step. Return the residuals by name"
