@@ -337,15 +337,19 @@ class ResidualOptimizer(PreconditionedOptimizer):
             return
         step = hp["residual_steps"] + 1
         shares = [rate / lr for rate in rates]  # groups of smaller lr go a part of the way, in a search too
-        attempt = partial(self._attempt, found, params, shares=shares, lr=lr, step=step)
+        before = self._watch.before(params, step)
+        measured = before is not None or (hp.get("solver") == "nystrom" and hp["rank"] is None)
+        attempt = partial(self._attempt, found, params, shares=shares, lr=lr, step=step, measured=measured)
         progress: dict[str, Any] = {}
-        taken = attempt(self._system(found.linear, params, hp), hp["level"])
-        if hp.get("damping_kind") == "adaptive" and hp["line_search"] is not None:
-            taken, progress = self._compete(found, taken, attempt, params)
+        solved = self._system(found.linear, params, hp)
+        again = solved.again
+        taken = attempt(solved, hp["level"])
+        del solved  # one factor at a time: each has as many numbers as the matrix
+        if hp.get("damping_kind") == "adaptive" and hp["line_search"] is not None and again is not None:
+            taken, progress = self._compete(found, taken, again, attempt, params)
         if not taken.possible:
             self._fail(layout, flags)
             return
-        before = self._watch.before(params, step)
         taken.path.place(taken.factor, [1 - rate * g["weight_decay"] for rate, g in zip(rates, groups, strict=True)])
         torch.autograd.graph.increment_version(params)
         self._keep(taken.increment, params)
@@ -353,12 +357,10 @@ class ResidualOptimizer(PreconditionedOptimizer):
         if taken.found is not None:
             alpha = taken.found.alpha
             self._put(step_sizes=_with(hp["step_sizes"], hp["level"], alpha), step_size=alpha)
-        report: dict[str, Any] = {"loss": found.loss, "damping": taken.system.damping, "increment_norm": taken.length}
-        if before is not None or (hp.get("solver") == "nystrom" and hp["rank"] is None):
-            dimension = taken.system.effective_dimension()
-            if dimension is not None:
-                self._put(effective_dimension=float(dimension))
-                report["effective_dimension"] = dimension
+        report: dict[str, Any] = {"loss": found.loss, "damping": taken.damping, "increment_norm": taken.length}
+        if taken.dimension is not None:
+            self._put(effective_dimension=float(taken.dimension))
+            report["effective_dimension"] = taken.dimension
         if self._watch.every:
             self._watch.after(layout, flags, self.param_groups, before, self._unclipped, self._spectrum)
         if taken.found is not None:
@@ -375,6 +377,7 @@ class ResidualOptimizer(PreconditionedOptimizer):
         shares: Sequence[float],
         lr: float,
         step: int,
+        measured: bool,
     ) -> Attempt:
         """What becomes of a step with this system; the parameters are where they were."""
         hp = self.param_groups[0]
@@ -383,26 +386,32 @@ class ResidualOptimizer(PreconditionedOptimizer):
         path = Path(params, [p if share == 1 else p.mul(share) for p, share in zip(increment, shares, strict=True)])
         search = hp["line_search"]
         possible = bool(solved.ok & torch.isfinite(length))
+        dimension = solved.effective_dimension() if measured and possible else None
         if search is None or not possible:
             factor = self._factor(lr, length, step) if search is None else 0.0
-            return Attempt(solved, increment, length, possible, path, factor, None, 0)
+            return Attempt(solved.damping, dimension, increment, length, possible, path, factor, None, 0)
         last = dict(hp["step_sizes"]).get(level, hp["step_size"])
         if search == "geodesic":
             path.bend(found, solved, last, shares)
         best, factor = path.search(found, search, last, lr)
         evaluations = best.evaluations + (search == "geodesic")
-        return Attempt(solved, increment, length, True, path, factor, best, evaluations)
+        return Attempt(solved.damping, dimension, increment, length, True, path, factor, best, evaluations)
 
     def _compete(
-        self, found: Evaluation, first: Attempt, attempt: Callable[[System, int], Attempt], params: Sequence[Tensor]
+        self,
+        found: Evaluation,
+        first: Attempt,
+        again: Callable[[float], System],
+        attempt: Callable[[System, int], Attempt],
+        params: Sequence[Tensor],
     ) -> tuple[Attempt, dict[str, Any]]:
         """The better step of the last winner's damping and of one beside it, and what the next step must know."""
         hp = self.param_groups[0]
         level, trend = hp["level"] + hp["trend"], hp["trend"]
         damping = self._damping(params, level)
-        if damping == self._damping(params, hp["level"]) or first.system.again is None:
+        if damping == self._damping(params, hp["level"]):
             return first, {"trend": -trend}
-        second = attempt(first.system.again(damping), level)
+        second = attempt(again(damping), level)
         smaller, larger = (first, second) if trend > 0 else (second, first)
         won = first if first.possible else second
         if smaller.found is not None and larger.found is not None:

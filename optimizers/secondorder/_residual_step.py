@@ -201,7 +201,8 @@ class Attempt:
     """A step that could be taken.
 
     Attributes:
-        system: What it was solved with.
+        damping: λ that it was solved with.
+        dimension: Its effective dimension, if that was measured.
         increment: δ, one tensor a parameter.
         length: Of all of δ, 0-dim.
         possible: The system was solved, and δ is finite.
@@ -211,7 +212,8 @@ class Attempt:
         evaluations: Of the closure.
     """
 
-    system: System
+    damping: Tensor
+    dimension: Tensor | None
     increment: Sequence[Tensor]
     length: Tensor
     possible: bool
