@@ -20,6 +20,7 @@ from secondorder.residual_kfac import ResidualKFAC
 from secondorder.residuals.layers import LayerCapture
 from secondorder.residuals.linearization import linearize
 from secondorder.residuals.quadratic import best_combination, combined
+from secondorder.residuals.terms import term
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +118,8 @@ def test_step_is_that_of_the_explicit_sum(kind):
     gradient, expected = J.mT @ r, []
     for layer, place in zip(capture.layers(), ([0, 1, 6, 2, 3, 7, 4, 5, 8], [9, 10, 11]), strict=True):
         total = torch.zeros(len(place), len(place), dtype=torch.float64)
-        for term in (0, 1):
-            A, B, weight = layer.sums({term}, params[layer.weight])
+        for t in (0, 1):
+            A, B, weight = layer.sums({t}, params[layer.weight])
             A = A / weight
             ridges = [1e-3 * (X.trace() / len(X) if kind == "relative" else 1) for X in (A, B)]
             A, B = (X + ridge * torch.eye(len(X), dtype=X.dtype) for X, ridge in zip((A, B), ridges, strict=True))
@@ -437,3 +438,16 @@ def test_samples_spread_over_processes(shares, nested):
     for name, value in alone.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         torch.testing.assert_close(ranks[0][name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_a_centred_term():
+    """Its factors are those of its rows as they are; gradient and model of the loss are centred."""
+    net, closure = small()
+
+    def centred():
+        found = closure()
+        return {**found, "boundary": term(found["boundary"], center=True)}
+
+    opt = ResidualKFAC(net.parameters())
+    losses = [float(opt.step(centred)) for _ in range(8)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]

@@ -16,12 +16,10 @@ from secondorder._reports import Coverage, MemoryReport
 from secondorder._residual_optimizer import ResidualOptimizer, ResidualOptions
 from secondorder.preconditioner.layer_curvature import FACTORS, KEPT, Inverse, agreed, averaged, observed
 from secondorder.residuals.columns import by_columns
-from secondorder.residuals.factored import Factored
 from secondorder.residuals.layers import Layer, LayerCapture
 from secondorder.residuals.linearization import Linearization
 from secondorder.residuals.quadratic import best_combination, combined
 from secondorder.residuals.system import System
-from secondorder.sharding.jacobian import Gathered
 
 # Not ENGDW's "geodesic": for the curvature of r along a step this inverse is too rough (no progress where measured).
 SEARCHES = one_of("bracket", "grid")
@@ -181,9 +179,7 @@ class ResidualKFAC(ResidualOptimizer):
         states: list[Mapping[str, Tensor]] = [self.state[p] for p in params]
         self._fresh = {}
         if hp["residual_steps"] % hp["refresh_every"] == 0:
-            own = linear._local if isinstance(linear, Gathered) else linear
-            assert isinstance(own, Factored)
-            layers = by_columns(layers, own, capture)
+            layers = by_columns(layers, linear.recorded, capture)
             new = observed(layers, linear, params, hp["sharing"], group)
             self._fresh = {i: averaged(states[i], entries, hp["ema"], hp["init"]) for i, entries in new.items()}
             states = [{**state, **self._fresh.get(i, {})} for i, state in enumerate(states)]

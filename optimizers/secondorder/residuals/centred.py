@@ -54,6 +54,11 @@ class Centred:
         self._gradient: list[Tensor] | None = None
 
     @property
+    def recorded(self) -> Linearization:
+        """This process's rows as they were recorded."""
+        return self._linear.recorded
+
+    @property
     def loss(self) -> Tensor:
         """½ |P r|², 0-dim."""
         return self.residual.square().sum() / 2

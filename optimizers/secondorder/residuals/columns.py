@@ -25,16 +25,18 @@ from torch import Tensor
 
 from secondorder.residuals.factored import Factored, Part, merged
 from secondorder.residuals.layers import Layer, LayerCapture, Use
+from secondorder.residuals.linearization import Linearization
 
 
-def by_columns(layers: Sequence[Layer], J: Factored, capture: LayerCapture) -> list[Layer]:
+def by_columns(layers: Sequence[Layer], J: Linearization, capture: LayerCapture) -> list[Layer]:
     """Layers with the uses that were captured, but of terms that differentiate by autograd those that J has.
 
     Args:
         layers: As they were captured.
-        J: Of this process's residuals.
+        J: Of this process's residuals, as "expand" recorded it.
         capture: What was seen.
     """
+    assert isinstance(J, Factored)
     found = []
     for layer in layers:
         uses = [use for use in layer.uses if use.term not in capture.nested]

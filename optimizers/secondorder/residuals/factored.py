@@ -151,6 +151,11 @@ class Factored:
         return Factored(self.residual, [self._params[i] for i in params], own, self._chunk, merged=True)
 
     @property
+    def recorded(self) -> Factored:
+        """Itself."""
+        return self
+
+    @property
     def loss(self) -> Tensor:
         """½ |r|², 0-dim."""
         return self.residual.square().sum() / 2

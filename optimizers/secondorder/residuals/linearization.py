@@ -39,6 +39,10 @@ class Linearization(Protocol):
     groups: list[list[int]]
 
     @property
+    def recorded(self) -> Linearization:
+        """This process's rows as they were recorded: not gathered, not centred."""
+
+    @property
     def loss(self) -> Tensor:
         """½ |r|², 0-dim."""
 

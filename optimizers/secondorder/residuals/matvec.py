@@ -46,6 +46,11 @@ class Products:
         self._gradient: list[Tensor] | None = None
 
     @property
+    def recorded(self) -> Products:
+        """Itself."""
+        return self
+
+    @property
     def loss(self) -> Tensor:
         """½ |r|², 0-dim."""
         return self.residual.square().sum() / 2

@@ -96,6 +96,11 @@ class Gathered:
         self._gradient: list[Tensor] | None = None
 
     @property
+    def recorded(self) -> Linearization:
+        """This process's rows as they were recorded."""
+        return self._local
+
+    @property
     def loss(self) -> Tensor:
         """½ |r|², 0-dim."""
         return self.residual.square().sum() / 2
